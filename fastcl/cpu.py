@@ -1,0 +1,1 @@
+"""The native CPU backend: what the C++ kernels compute, between the ops and the extension."""

@@ -1,0 +1,171 @@
+"""Which backend serves a call: each declares what it cannot do, 'auto' takes the first that can."""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from fastcl import native
+from fastcl.checks import check_choice
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call asks of a backend."""
+
+    device: torch.device
+    dtype: torch.dtype
+    dense_mask: bool = False
+
+    @classmethod
+    def of(cls, x: Tensor, dense_mask: bool = False) -> Request:
+        return cls(x.device, x.dtype, dense_mask)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend's name, why it is missing here (None if it is not), and what it cannot do."""
+
+    name: str
+    missing: Callable[[], str | None]
+    unsupported_reasons: Callable[[Request], list[str]]
+    whole_loss: bool = False
+
+
+def _cpu_reasons(request: Request) -> list[str]:
+    reasons = []
+    if request.device.type != "cpu":
+        reasons.append(f"inputs are on {request.device}, it takes CPU tensors")
+    if request.dense_mask:
+        reasons.append("a dense mask is served by 'chunked' only")
+    return reasons
+
+
+def _anything(request: Request) -> list[str]:
+    return []
+
+
+def _nothing_missing() -> str | None:
+    return None
+
+
+def _not_built() -> str | None:
+    return "this version of fastcl has no such kernels yet"
+
+
+# in the order 'auto' tries them; 'reference' is last and so never chosen
+_BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("cuda", _not_built, _anything),
+        Backend("triton", _not_built, _anything),
+        Backend("cpu", native.missing_reason, _cpu_reasons, whole_loss=True),
+        Backend("chunked", _nothing_missing, _anything),
+        Backend("reference", _nothing_missing, _anything),
+    )
+}
+_NAMES = (*_BACKENDS, "auto")
+
+_selected = "auto"
+_warned = False
+
+
+class use_backend:  # noqa: N801  (a function that is also a context manager)
+    """Select the backend of every following call, or of the calls inside a ``with`` block.
+
+    Args:
+        name: 'reference', 'chunked', 'cpu', 'triton', 'cuda', or 'auto' (the default: the first
+            that supports the inputs).
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the backend is not available here; the message says why. A selected backend
+            that does not support a later call's inputs raises there: nothing falls back silently.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _selected
+        check_choice("backend", name, _NAMES)
+        if name != "auto":
+            _require_present(_BACKENDS[name])
+        self._previous = _selected
+        _selected = name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _selected
+        _selected = self._previous
+
+
+def choose(request: Request, name: str = "auto") -> Backend:
+    """The backend for ``request``; an explicit ``name`` wins over :class:`use_backend`'s.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the named backend is not available or cannot serve the request.
+    """
+    check_choice("backend", name, _NAMES)
+    if name == "auto":
+        name = _selected
+    if name == "auto":
+        backend = next(
+            b for b in _BACKENDS.values() if b.missing() is None and not b.unsupported_reasons(request)
+        )
+        if backend.name == "chunked" and request.device.type == "cpu":
+            _warn_if_native_missing()
+        return backend
+    backend = _BACKENDS[name]
+    _require_present(backend)
+    reasons = backend.unsupported_reasons(request)
+    if reasons:
+        raise RuntimeError(f"backend {name!r} cannot serve this call: {'; '.join(reasons)}")
+    return backend
+
+
+def _warn_if_native_missing() -> None:
+    global _warned
+    reason = native.missing_reason()
+    if reason is not None and not _warned:
+        _warned = True
+        warnings.warn(f"fastcl: CPU tensors are served by 'chunked', which is slower: {reason}", stacklevel=5)
+
+
+def _require_present(backend: Backend) -> None:
+    reason = backend.missing()
+    if reason is not None:
+        raise RuntimeError(f"backend {backend.name!r} is not available: {reason}")
+
+
+def describe() -> str:
+    """What is available here, line by line."""
+    import fastcl
+
+    lines = [
+        f"fastcl {fastcl.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        f"selected backend: {_selected}",
+    ]
+    for backend in _BACKENDS.values():
+        reason = backend.missing()
+        lines.append(f"  {backend.name:10} {'available' if reason is None else 'not available: ' + reason}")
+    lines.extend(f"  {line}" for line in native.describe())
+    return "\n".join(lines)
+
+
+def show_config() -> str:
+    """Print, and return, which backends are available here and why the others are not."""
+    text = describe()
+    print(text)
+    return text

@@ -1,0 +1,289 @@
+"""The losses: each a few lines over similarity statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastcl import dispatch, ops
+from fastcl.checks import (
+    check_choice,
+    check_matrix,
+    check_reduction,
+    check_same,
+    check_same_count,
+    scalar,
+)
+from fastcl.numerics import compute_dtype, inverse_norms, logaddexp, reduce, row_dot, softplus, unit_rows
+from fastcl.one_positive import BATCH, NEGATIVES, PAIRS, VIEWS, OnePositive
+from fastcl.problem import Problem
+from fastcl.rules import check_ids
+from fastcl.similarity import problem_stats
+
+
+def info_nce(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    reduction: str = "mean",
+    negative_mode: str = "unpaired",
+    *,
+    query_ids: Tensor | None = None,
+) -> Tensor:
+    """InfoNCE: cross-entropy of picking each query's positive key among its negatives.
+
+    A drop-in for ``info_nce.info_nce`` (PyPI ``info-nce-pytorch``): rows are L2-normalized and
+    similarities divided by the temperature. van den Oord et al. 2018, https://arxiv.org/abs/1807.03748.
+
+    Args:
+        query: (N, D), float64, float32, float16 or bfloat16.
+        positive_key: (N, D), same dtype.
+        negative_keys: None: the other queries' positives are the negatives; (M, D) with 'unpaired';
+            (N, M, D) with 'paired'.
+        temperature: a finite non-zero number, or a 0-d tensor, which then receives its gradient.
+        reduction: 'mean', 'sum' or 'none'.
+        negative_mode: 'unpaired' or 'paired'.
+        query_ids: (N,) integers; only with negatives that carry ids: those of the same id are excluded.
+
+    Returns:
+        The loss, () or (N,) with 'none'; float64 for float64 inputs, else float32.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown mode or reduction, a bad temperature.
+        TypeError: dtypes that are not floating, or differ.
+    """
+    check_choice("negative_mode", negative_mode, ("unpaired", "paired"))
+    check_reduction(reduction)
+    check_matrix("query", query)
+    check_matrix("positive_key", positive_key)
+    check_same_count("positive_key", positive_key, "query", query)
+    check_same("positive_key", positive_key, "query", query)
+    scale = scalar("temperature", temperature, query, nonzero=True).reciprocal()
+    if query_ids is not None:
+        raise ValueError("query_ids excludes negatives by id, but negative_keys carries no ids")
+    if negative_keys is None:
+        return _one_positive(
+            OnePositive(query, positive_key, None, scale, None, None, BATCH, True, True, reduction)
+        )
+    paired = negative_mode == "paired"
+    check_matrix("negative_keys", negative_keys, 3 if paired else 2)
+    check_same("negative_keys", negative_keys, "query", query)
+    if paired:
+        check_same_count("negative_keys", negative_keys, "query", query)
+        return _paired_info_nce(query, positive_key, negative_keys, scale, reduction)
+    return _one_positive(
+        OnePositive(query, positive_key, negative_keys, scale, None, None, NEGATIVES, True, True, reduction)
+    )
+
+
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, *, reduction: str = "mean") -> Tensor:
+    """NT-Xent, SimCLR's loss: each of the 2N views must find its other view among all others.
+
+    Chen et al. 2020, https://arxiv.org/abs/2002.05709.
+
+    Args:
+        z1: (N, D) embeddings of the first views, any floating dtype; normalized inside.
+        z2: (N, D) embeddings of the second views, same dtype.
+        temperature: a finite non-zero number, or a 0-d tensor, which then receives its gradient.
+        reduction: 'mean', 'sum' or 'none'.
+
+    Returns:
+        The loss, () or (2N,) with 'none' (first all of z1, then all of z2).
+
+    Raises:
+        ValueError, TypeError: as :func:`info_nce`.
+    """
+    check_reduction(reduction)
+    check_matrix("z1", z1)
+    check_matrix("z2", z2)
+    check_same_count("z2", z2, "z1", z1)
+    check_same("z2", z2, "z1", z1)
+    scale = scalar("temperature", temperature, z1, nonzero=True).reciprocal()
+    return _one_positive(OnePositive(z1, z2, None, scale, None, None, VIEWS, True, True, reduction))
+
+
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """CLIP's symmetric loss: images find their texts, texts their images, averaged.
+
+    Radford et al. 2021, https://arxiv.org/abs/2103.00020.
+
+    Args:
+        image_features: (N, D), any floating dtype.
+        text_features: (N, D), same dtype.
+        logit_scale: the factor of the logits, already exponentiated: a finite number or a 0-d tensor,
+            which then receives its gradient.
+        normalize: divide rows by their L2 norm first; False if they are unit rows already.
+        reduction: 'mean', 'sum' or 'none'.
+
+    Returns:
+        The loss, () or (N,) with 'none': the mean of both directions.
+
+    Raises:
+        ValueError, TypeError: as :func:`info_nce`.
+    """
+    check_reduction(reduction)
+    check_matrix("image_features", image_features)
+    check_matrix("text_features", text_features)
+    check_same_count("text_features", text_features, "image_features", image_features)
+    check_same("text_features", text_features, "image_features", image_features)
+    scale = scalar("logit_scale", logit_scale, image_features)
+    return _one_positive(
+        OnePositive(
+            image_features, text_features, None, scale, None, None, PAIRS, normalize, normalize, reduction
+        )
+    )
+
+
+def sup_con(
+    features: Tensor,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.07,
+    base_temperature: float | None = None,
+    contrast_mode: str = "all",
+    variant: str = "out",
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Supervised contrastive loss: all samples of an anchor's class are its positives.
+
+    Khosla et al. 2020, https://arxiv.org/abs/2004.11362. Without labels and mask it is SimCLR's loss.
+
+    Args:
+        features: (B, V, D), V views of each sample, or (N, D); any floating dtype.
+        labels: (B,) integers; equal labels are positives.
+        mask: (B, B), ``mask[i, j]`` non-zero where sample j is a positive of sample i; may be asymmetric.
+        temperature: a finite non-zero number, or a 0-d tensor, which then receives its gradient.
+        base_temperature: the loss is scaled by ``temperature / base_temperature``; None: not scaled.
+        contrast_mode: 'all': every view is an anchor; 'one': the first view only.
+        variant: 'out': mean of log-probabilities; 'in': log of their mean probability.
+        normalize: divide rows by their L2 norm first.
+        reduction: 'mean', 'sum' or 'none'. An anchor without positives contributes 0 and is counted.
+
+    Returns:
+        The loss, () or (anchors,) with 'none', view-major.
+
+    Raises:
+        ValueError: both labels and mask; shapes that do not fit; unknown modes; a bad temperature;
+            on the CPU, a mask with values other than 0 and 1.
+        TypeError: features that are not floating; labels that are not integers.
+        RuntimeError: a mask under a backend other than 'chunked' and 'reference'.
+    """
+    check_choice("contrast_mode", contrast_mode, ("all", "one"))
+    check_choice("variant", variant, ("out", "in"))
+    check_reduction(reduction)
+    check_matrix("features", features, (2, 3))
+    if labels is not None and mask is not None:
+        raise ValueError("labels and mask cannot both be given")
+    if base_temperature is not None and not base_temperature > 0:
+        raise ValueError(f"base_temperature must be positive, got {base_temperature}")
+    if features.dim() == 2:
+        features = features[:, None]
+    temperature_scalar = scalar("temperature", temperature, features, nonzero=True)
+    problem = _sup_con_problem(
+        features, labels, mask, temperature_scalar.reciprocal(), contrast_mode, normalize
+    )
+    stats = problem_stats(problem)
+    has_positives = stats.pos_count > 0
+    count = stats.pos_count.clamp_min(1)
+    lse = logaddexp(stats.lse_neg, stats.lse_pos)
+    if variant == "out":
+        losses = lse - stats.pos_sum / count
+    else:
+        losses = softplus(stats.lse_neg - stats.lse_pos) + count.log()
+    losses = torch.where(has_positives, losses, 0.0)
+    if base_temperature is not None:
+        losses = losses * (temperature_scalar / base_temperature).to(losses.dtype)
+    return reduce(losses, reduction)
+
+
+def _sup_con_problem(
+    features: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    scale: Tensor,
+    contrast_mode: str,
+    normalize: bool,
+) -> Problem:
+    samples, views, _ = features.shape
+    key = features.transpose(0, 1).flatten(0, 1)  # [V * B, D], view-major
+    table = None
+    sample_ids = torch.arange(samples, device=features.device)
+    if mask is not None:
+        table = _positive_table(mask, samples, features)
+    elif labels is not None:
+        if isinstance(labels, Tensor) and labels.dim() == 1 and labels.shape[0] != samples:
+            raise ValueError(
+                f"labels must have one label per sample: expected ({samples},) for features of shape "
+                f"{tuple(features.shape)}, got {tuple(labels.shape)}"
+            )
+        sample_ids = check_ids("labels", labels, features)
+    positive_key, exclude_key = (
+        sample_ids.repeat(views),
+        torch.arange(samples * views, device=features.device),
+    )
+    anchors = slice(None) if contrast_mode == "all" else slice(samples)
+    whole = contrast_mode == "all" or views == 1
+    return Problem(
+        query=key if whole else key[anchors],
+        key=key,
+        scale=scale,
+        key_bias=None,
+        key_scale=None,
+        positive_query=positive_key[anchors],
+        positive_key=positive_key,
+        positive_table=table,
+        exclude_query=exclude_key[anchors],
+        exclude_key=exclude_key,
+        normalize=normalize,
+        columns=False,
+        symmetric=whole and table is None,
+    )
+
+
+def _positive_table(mask: Tensor, samples: int, features: Tensor) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.shape != (samples, samples):
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"mask must have shape ({samples}, {samples}) for features of shape "
+            f"{tuple(features.shape)}, got {got}"
+        )
+    if mask.device != features.device:
+        raise ValueError(f"mask must be on {features.device} like features, got {mask.device}")
+    table = mask != 0
+    if mask.device.type == "cpu" and not torch.equal(mask, table.to(mask.dtype)):
+        raise ValueError("mask must hold zeros and ones only: weighted positives are not supported")
+    return table
+
+
+def _one_positive(args: OnePositive) -> Tensor:
+    backend = dispatch.choose(dispatch.Request.of(args.query))
+    if backend.whole_loss and args.reduction != "none":
+        inputs = (args.query, args.positive, args.negatives, args.scale)
+        grad = torch.is_grad_enabled()
+        needs = [grad and x is not None and x.requires_grad for x in inputs]
+        return ops.one_positive(args, needs, backend.name)
+    stats = problem_stats(args.problem(), args.layout == PAIRS, backend.name)
+    return args.loss(stats.lse_neg, None if stats.columns is None else stats.columns.lse_neg)
+
+
+def _paired_info_nce(
+    query: Tensor, positive: Tensor, negatives: Tensor, scale: Tensor, reduction: str
+) -> Tensor:
+    """Each row has its own negatives: their logits are D times smaller than the input, plain torch serves."""
+    with torch.autocast(query.device.type, enabled=False):
+        query, positive = unit_rows(query), unit_rows(positive)
+        negatives = negatives.to(compute_dtype(negatives.dtype))
+        scale = scale.to(query.dtype)
+        dots = (negatives @ query[:, :, None]).squeeze(-1)  # [N, M]
+        lse_neg = (scale * dots * inverse_norms(negatives).squeeze(-1)).logsumexp(dim=1)
+        return reduce(softplus(lse_neg - scale * row_dot(query, positive)), reduction)

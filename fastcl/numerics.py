@@ -1,0 +1,70 @@
+"""Numerical helpers shared by the losses and the pure-torch backends."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LN2 = math.log(2.0)
+LOG2E = 1.0 / LN2
+NORM_EPS = 1e-12
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype statistics are accumulated in: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def softplus(x: Tensor) -> Tensor:
+    """``log(1 + exp(x))`` without a cut-off; 0 with zero gradient at -inf."""
+    return torch.logaddexp(x, x.new_zeros(()))
+
+
+def logaddexp(a: Tensor, b: Tensor) -> Tensor:
+    """``log(exp(a) + exp(b))``; -inf with zero gradient where both are -inf."""
+    empty = (a == -torch.inf) & (b == -torch.inf)
+    total = torch.logaddexp(a.masked_fill(empty, 0.0), b.masked_fill(empty, 0.0))
+    return total.masked_fill(empty, -torch.inf)
+
+
+def masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
+    """Row-wise logsumexp over ``mask``; -inf with zero gradient where a row's mask is empty."""
+    empty = ~mask.any(dim=1)
+    kept = logits.masked_fill(~mask, -torch.inf).masked_fill(empty[:, None], 0.0)
+    return kept.logsumexp(dim=1).masked_fill(empty, -torch.inf)
+
+
+def inverse_norms(x: Tensor) -> Tensor:
+    """``1 / max(norm, 1e-12)`` per row, shape (..., 1); 0 for a zero row, which so stays zero."""
+    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    zero = norms == 0
+    return norms.masked_fill(zero, 1.0).clamp_min(NORM_EPS).reciprocal().masked_fill(zero, 0.0)
+
+
+def unit_rows(x: Tensor, normalize: bool = True) -> Tensor:
+    """Rows of ``x`` in the compute dtype, divided by their L2 norm if asked."""
+    x = x.to(compute_dtype(x.dtype))
+    return x * inverse_norms(x) if normalize else x
+
+
+def unit_rows_backward(grad_unit: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
+    """Gradient of ``x`` from that of ``unit = x * inverse``, all (N, D) and (N, 1)."""
+    radial = (grad_unit * unit).sum(dim=-1, keepdim=True)
+    below_eps = inverse >= 1.0 / NORM_EPS
+    return (grad_unit - unit * radial.masked_fill(below_eps, 0.0)) * inverse
+
+
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """``sum_d a[i, d] * b[i, d]``, shape (N,)."""
+    return (a * b).sum(dim=-1)
+
+
+def reduce(losses: Tensor, reduction: str) -> Tensor:
+    """Apply 'none', 'mean' or 'sum' to per-row losses."""
+    if reduction == "mean":
+        return losses.mean()
+    return losses.sum() if reduction == "sum" else losses

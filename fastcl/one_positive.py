@@ -1,0 +1,80 @@
+"""The family of losses with one positive per row, said once for every backend.
+
+Each row's loss is ``softplus(lse_neg - positive_logit)``, where ``lse_neg`` leaves out the row
+itself and its positive. It equals cross-entropy, but never forms ``p - 1``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastcl.numerics import reduce, row_dot, softplus, unit_rows
+from fastcl.problem import Problem
+
+# What the rows are compared with:
+VIEWS = "views"  # both sides of query and positive, stacked, with each other (NT-Xent)
+BATCH = "batch"  # query with all positives (InfoNCE in-batch)
+PAIRS = "pairs"  # query with all positives and the reverse, averaged (CLIP)
+NEGATIVES = "negatives"  # query with the given negatives (InfoNCE, MoCo)
+LAYOUTS = (VIEWS, BATCH, PAIRS, NEGATIVES)
+
+
+class OnePositive(NamedTuple):
+    """Arguments of one loss, in the order of the op's schema."""
+
+    query: Tensor  # (N, D)
+    positive: Tensor  # (N, D)
+    negatives: Tensor | None  # (M, D) with NEGATIVES, else None
+    scale: Tensor  # ()
+    query_ids: Tensor | None  # (N,) int64, with NEGATIVES: negatives of the same id are excluded
+    negative_ids: Tensor | None  # (M,) int64
+    layout: str
+    normalize: bool  # query and positive
+    normalize_negatives: bool
+    reduction: str
+
+    def problem(self) -> Problem:
+        """The statistics call whose ``lse_neg`` (rows, for PAIRS columns too) the loss is made of."""
+        query, key = self.query, self.positive
+        query_ids, key_ids = self.query_ids, self.negative_ids
+        normalize = self.normalize
+        if self.layout == NEGATIVES:
+            assert self.negatives is not None
+            key = self.negatives
+            if normalize != self.normalize_negatives:
+                query, normalize = unit_rows(query, normalize), False
+                key = unit_rows(key) if self.normalize_negatives else key
+        else:
+            query_ids = key_ids = torch.arange(query.shape[0], device=query.device)
+            if self.layout == VIEWS:
+                query = key = torch.cat([query, key])
+                query_ids = key_ids = query_ids.repeat(2)
+        return Problem(
+            query,
+            key,
+            self.scale,
+            key_bias=None,
+            key_scale=None,
+            positive_query=None,
+            positive_key=None,
+            positive_table=None,
+            exclude_query=query_ids,
+            exclude_key=key_ids,
+            normalize=normalize,
+            columns=self.layout == PAIRS,
+            symmetric=self.layout == VIEWS,
+        )
+
+    def loss(self, lse_neg: Tensor, column_lse_neg: Tensor | None) -> Tensor:
+        """The reduced loss from ``lse_neg`` of :meth:`problem`, per row and, for PAIRS, per column."""
+        query, positive = unit_rows(self.query, self.normalize), unit_rows(self.positive, self.normalize)
+        positive_logit = row_dot(query, positive) * self.scale.to(query.dtype)
+        if self.layout == VIEWS:
+            positive_logit = positive_logit.repeat(2)
+        losses = softplus(lse_neg - positive_logit)
+        if column_lse_neg is not None:
+            losses = 0.5 * (losses + softplus(column_lse_neg - positive_logit))
+        return reduce(losses, self.reduction)

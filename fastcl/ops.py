@@ -1,0 +1,252 @@
+"""The ops as torch sees them: schemas, fake kernels, autograd. Backends are called from here only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_autograd, register_fake
+
+from fastcl import chunked, cpu, reference
+from fastcl.numerics import compute_dtype
+from fastcl.one_positive import OnePositive
+from fastcl.problem import Needs, PairGradients, Problem, input_gradients, prepare
+
+_MODULES: dict[str, ModuleType] = {"reference": reference, "chunked": chunked, "cpu": cpu}
+
+_PROBLEM = (
+    "Tensor query, Tensor key, Tensor scale, Tensor? key_bias, Tensor? key_scale, "
+    "Tensor? positive_query, Tensor? positive_key, Tensor? positive_table, "
+    "Tensor? exclude_query, Tensor? exclude_key, bool normalize, bool columns, bool symmetric"
+)
+_ONE_POSITIVE = (
+    "Tensor query, Tensor positive, Tensor? negatives, Tensor scale, "
+    "Tensor? query_ids, Tensor? negative_ids, str layout, "
+    "bool normalize, bool normalize_negatives, str reduction"
+)
+
+_library = Library("fastcl", "DEF")
+_library.define(
+    f"stats_forward({_PROBLEM}, bool weighted_keys, str backend) -> "
+    "(Tensor rows, Tensor row_state, Tensor columns, Tensor column_state, Tensor weighted)"
+)
+_library.define(
+    f"stats_backward({_PROBLEM}, Tensor grad_rows, Tensor grad_columns, Tensor row_state, "
+    "Tensor column_state, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    f"one_positive({_ONE_POSITIVE}, bool[] needs, str backend) -> "
+    "(Tensor loss, Tensor grad_query, Tensor grad_positive, Tensor grad_negatives, Tensor grad_scale)"
+)
+_library.define(
+    "topk(Tensor query, Tensor key, int k, Tensor? exclude_query, Tensor? exclude_key, "
+    "bool normalize, str backend) -> (Tensor values, Tensor indices)"
+)
+
+_PROBLEM_FIELDS = len(Problem._fields)
+_PROBLEM_TENSORS = _PROBLEM_FIELDS - 3
+_ONE_POSITIVE_FIELDS = len(OnePositive._fields)
+_ONE_POSITIVE_TENSORS = 6
+
+
+def stats(problem: Problem, backend: str, weighted_keys: bool = False) -> tuple[Tensor, Tensor]:
+    """Row statistics (5, N) and column statistics (5, M or 0), differentiable."""
+    if backend == "reference":
+        return reference.stats(problem)
+    rows, _, columns, _, _ = torch.ops.fastcl.stats_forward(*problem, weighted_keys, backend)
+    return rows, columns
+
+
+def one_positive(args: OnePositive, needs: Sequence[bool], backend: str) -> Tensor:
+    """The 'mean' or 'sum' loss; ``needs`` says which of query, positive, negatives, scale want gradients."""
+    loss: Tensor = torch.ops.fastcl.one_positive(*args, needs, backend)[0]
+    return loss
+
+
+def topk(
+    query: Tensor,
+    key: Tensor,
+    k: int,
+    exclude_query: Tensor | None,
+    exclude_key: Tensor | None,
+    normalize: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Values (N, k) and indices (N, k); no gradient."""
+    values, indices = torch.ops.fastcl.topk(query, key, k, exclude_query, exclude_key, normalize, backend)
+    return values, indices
+
+
+def _filled(like: Tensor, *outputs: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) if output is None else output for output in outputs)
+
+
+def _stats_forward(*args: Any) -> tuple[Tensor, ...]:
+    problem, (weighted_keys, backend) = Problem(*args[:_PROBLEM_FIELDS]), args[_PROBLEM_FIELDS:]
+    with torch.autocast(problem.query.device.type, enabled=False):
+        outputs: tuple[Tensor, ...] = _MODULES[backend].stats_forward(problem, weighted_keys)
+        return outputs
+
+
+def _stats_backward(*args: Any) -> tuple[Tensor, ...]:
+    problem, rest = Problem(*args[:_PROBLEM_FIELDS]), args[_PROBLEM_FIELDS:]
+    *tensors, needs, backend = rest
+    with torch.autocast(problem.query.device.type, enabled=False):
+        return _filled(problem.query, *_MODULES[backend].stats_backward(problem, *tensors, Needs(*needs)))
+
+
+def _one_positive(*args: Any) -> tuple[Tensor, ...]:
+    loss_args, (needs, backend) = OnePositive(*args[:_ONE_POSITIVE_FIELDS]), args[_ONE_POSITIVE_FIELDS:]
+    outputs: tuple[Tensor, ...] = _MODULES[backend].one_positive(loss_args, needs)
+    return outputs
+
+
+def _topk(*args: Any) -> tuple[Tensor, Tensor]:
+    *arguments, backend = args
+    with torch.autocast(arguments[0].device.type, enabled=False):
+        values, indices = _MODULES[backend].topk(*arguments)
+        return values, indices
+
+
+for _name, _kernel in (
+    ("stats_forward", _stats_forward),
+    ("stats_backward", _stats_backward),
+    ("one_positive", _one_positive),
+    ("topk", _topk),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+
+@register_fake("fastcl::stats_forward")
+def _(*args: Any) -> tuple[Tensor, ...]:
+    problem, (weighted_keys, _) = Problem(*args[:_PROBLEM_FIELDS]), args[_PROBLEM_FIELDS:]
+    n, m = problem.query.shape[0], problem.key.shape[0] if problem.columns else 0
+    new, dtype = problem.query.new_empty, compute_dtype(problem.query.dtype)
+    weighted = problem.query.shape if weighted_keys else (0,)
+    return tuple(new(shape, dtype=dtype) for shape in ((5, n), (4, n), (5, m), (4, m), weighted))
+
+
+@register_fake("fastcl::stats_backward")
+def _(*args: Any) -> tuple[Tensor, ...]:
+    problem, needs = Problem(*args[:_PROBLEM_FIELDS]), Needs(*args[-2])
+    wanted = [
+        problem.query if needs.query else None,
+        problem.key if needs.key and not problem.symmetric else None,
+        problem.scale if needs.scale else None,
+        problem.key_bias if needs.key_bias else None,
+        problem.key_scale if needs.key_scale else None,
+    ]
+    return _filled(problem.query, *(None if x is None else x.new_empty(x.shape) for x in wanted))
+
+
+@register_fake("fastcl::one_positive")
+def _(*args: Any) -> tuple[Tensor, ...]:
+    loss_args, needs = OnePositive(*args[:_ONE_POSITIVE_FIELDS]), args[-2]
+    dtype = compute_dtype(loss_args.query.dtype)
+    new = loss_args.query.new_empty
+    inputs = (loss_args.query, loss_args.positive, loss_args.negatives)
+    grads = (
+        new(x.shape if needed and x is not None else (0,), dtype=dtype)
+        for x, needed in zip(inputs, needs, strict=False)
+    )
+    return (new((), dtype=dtype), *grads, loss_args.scale.new_empty(() if needs[3] else (0,)))
+
+
+@register_fake("fastcl::topk")
+def _(query: Tensor, key: Tensor, k: int, *args: Any) -> tuple[Tensor, Tensor]:
+    shape = (query.shape[0], k)
+    dtype = compute_dtype(query.dtype)
+    return query.new_empty(shape, dtype=dtype), query.new_empty(shape, dtype=torch.int64)
+
+
+def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    problem, (weighted_keys, backend) = Problem(*inputs[:_PROBLEM_FIELDS]), inputs[_PROBLEM_FIELDS:]
+    _, row_state, _, column_state, weighted = output
+    ctx.mark_non_differentiable(row_state, column_state, weighted)
+    ctx.save_for_backward(*problem[:_PROBLEM_TENSORS], row_state, column_state, weighted)
+    ctx.flags, ctx.backend, ctx.weighted_keys = problem[_PROBLEM_TENSORS:], backend, weighted_keys
+
+
+def _stats_gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, row_state, column_state, weighted = ctx.saved_tensors
+    problem = Problem(*tensors, *ctx.flags)
+    needs = Needs(*ctx.needs_input_grad[:5])
+    unused = (None,) * (_PROBLEM_FIELDS - 5 + 2)
+    grad_rows, grad_columns = grads[0], grads[2]
+    if torch.is_grad_enabled():
+        return (*_second_order_stats(problem, needs, grad_rows, grad_columns), *unused)
+    if ctx.weighted_keys:
+        pairs = PairGradients(weighted * grad_rows[0, :, None], None, None)
+        return (*input_gradients(problem, prepare(problem), pairs, needs), *unused)
+    outputs = torch.ops.fastcl.stats_backward(
+        *problem, grad_rows, grad_columns, row_state, column_state, needs, ctx.backend
+    )
+    if problem.symmetric:
+        needs = needs._replace(key=False)
+    return (*(x if needed else None for x, needed in zip(outputs, needs, strict=True)), *unused)
+
+
+def _second_order_stats(
+    problem: Problem, needs: Needs, grad_rows: Tensor, grad_columns: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The same gradients as a differentiable function of inputs and incoming gradients, dense."""
+    inputs = _views(problem[:5])
+    rows, columns = reference.stats(Problem(*inputs, *problem[5:]))
+    if not problem.columns:
+        return _differentiable_grad((rows,), (grad_rows,), inputs, needs)
+    return _differentiable_grad((rows, columns), (grad_rows, grad_columns), inputs, needs)
+
+
+def _views(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Distinct graph nodes for the inputs, so that one tensor given twice gets each role's gradient."""
+    return [None if x is None else x.view_as(x) for x in inputs]
+
+
+def _differentiable_grad(
+    outputs: Sequence[Tensor], grads: Sequence[Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed and x is not None]
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+    return tuple(
+        next(found) if needed and x is not None else None for x, needed in zip(inputs, needs, strict=True)
+    )
+
+
+def _save_one_positive(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    args = OnePositive(*inputs[:_ONE_POSITIVE_FIELDS])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*args[:_ONE_POSITIVE_TENSORS], *output[1:])
+    ctx.flags, ctx.needs = args[_ONE_POSITIVE_TENSORS:], inputs[-2]
+
+
+def _one_positive_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    inputs, unit_grads = tensors[:4], tensors[_ONE_POSITIVE_TENSORS:]
+    needs = ctx.needs_input_grad[:4]
+    unused = (None,) * (_ONE_POSITIVE_FIELDS - 4 + 2)
+    if torch.is_grad_enabled():
+        views = _views(inputs)
+        args = OnePositive(*views, *tensors[4:_ONE_POSITIVE_TENSORS], *ctx.flags)
+        problem = args.problem()
+        rows, columns = reference.stats(problem)
+        loss = args.loss(rows[0], columns[0] if problem.columns else None)
+        return (*_differentiable_grad((loss,), (grad_loss,), views, needs), *unused)
+    missing = [i for i, needed in enumerate(needs) if needed and not ctx.needs[i]]
+    if missing:
+        raise RuntimeError(
+            "fastcl::one_positive was called with needs=False for an input that needs a gradient"
+        )
+    return (
+        *(
+            (grad_loss.to(grad.dtype) * grad).to(x.dtype) if needed else None
+            for x, grad, needed in zip(inputs, unit_grads, needs, strict=True)
+        ),
+        *unused,
+    )
+
+
+register_autograd("fastcl::stats_forward", _stats_gradient, setup_context=_save_stats)
+register_autograd("fastcl::one_positive", _one_positive_gradient, setup_context=_save_one_positive)

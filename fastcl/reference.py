@@ -1,0 +1,81 @@
+"""The specification: every statistic and gradient from dense matrices, by torch's own autograd.
+
+Every other backend is tested against this one in float64. It also serves second derivatives.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastcl.numerics import masked_logsumexp, unit_rows
+from fastcl.problem import Problem
+
+
+def pair_masks(problem: Problem, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """Boolean masks (negative, positive) of the pairs in ``rows`` x all keys."""
+    shape = (problem.query[rows].shape[0], problem.key.shape[0])
+    included = torch.ones(shape, dtype=torch.bool, device=problem.query.device)
+    if problem.exclude_query is not None and problem.exclude_key is not None:
+        included &= problem.exclude_query[rows, None] != problem.exclude_key[None, :]
+    if problem.positive_query is None or problem.positive_key is None:
+        return included, torch.zeros_like(included)
+    if problem.positive_table is not None:
+        positive = problem.positive_table[problem.positive_query[rows]][:, problem.positive_key]
+    else:
+        positive = problem.positive_query[rows, None] == problem.positive_key[None, :]
+    return included & ~positive, included & positive
+
+
+def logits(problem: Problem) -> Tensor:
+    """The logits (N, M) in the compute dtype."""
+    query = unit_rows(problem.query, problem.normalize)
+    key = unit_rows(problem.key, problem.normalize)
+    similarity = problem.scale.to(query.dtype) * (query @ key.T)
+    if problem.key_scale is not None:
+        similarity = similarity * problem.key_scale.to(query.dtype)
+    return similarity if problem.key_bias is None else similarity + problem.key_bias.to(query.dtype)
+
+
+def stats(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Row statistics (5, N) and column statistics (5, M), or (5, 0) if not asked for."""
+    with torch.autocast(problem.query.device.type, enabled=False):
+        pair_logits = logits(problem)
+        negative, positive = pair_masks(problem)
+        rows = _pack(pair_logits, negative, positive)
+        if not problem.columns:
+            return rows, rows.new_empty(5, 0)
+        return rows, _pack(pair_logits.T, negative.T, positive.T)
+
+
+def _pack(pair_logits: Tensor, negative: Tensor, positive: Tensor) -> Tensor:
+    masked = pair_logits.detach().masked_fill(~negative, -torch.inf)
+    # the extra column makes the maximum defined without keys
+    max_neg = torch.nn.functional.pad(masked, (0, 1), value=-torch.inf).amax(dim=1)
+    return torch.stack(
+        [
+            masked_logsumexp(pair_logits, negative),
+            masked_logsumexp(pair_logits, positive),
+            pair_logits.masked_fill(~positive, 0.0).sum(dim=1),
+            positive.sum(dim=1).to(pair_logits.dtype),
+            max_neg,
+        ]
+    )
+
+
+def topk(
+    query: Tensor,
+    key: Tensor,
+    k: int,
+    exclude_query: Tensor | None,
+    exclude_key: Tensor | None,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """The k most similar keys of each query, ties to the lower index, padded with -inf and -1."""
+    similarity = unit_rows(query, normalize) @ unit_rows(key, normalize).T
+    if exclude_query is not None and exclude_key is not None:
+        similarity = similarity.masked_fill(exclude_query[:, None] == exclude_key[None, :], -torch.inf)
+    similarity = torch.nn.functional.pad(similarity, (0, k), value=-torch.inf)
+    values, indices = similarity.sort(dim=1, descending=True, stable=True)
+    values, indices = values[:, :k], indices[:, :k]
+    return values, indices.masked_fill(values == -torch.inf, -1)

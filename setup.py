@@ -70,7 +70,7 @@ def extensions():
     return [
         Extension(
             "fastcl._native",
-            ["csrc/module.cpp"],
+            ["csrc/module.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp") if p.name != "kernels.cpp")],
             include_dirs=["csrc"],
             define_macros=STABLE_ABI,
             extra_compile_args=CXX_FLAGS,

@@ -1,1 +1,125 @@
-"""The native CPU backend: what the C++ kernels compute, between the ops and the extension."""
+"""The native CPU backend: hands prepared rows and outputs to the C++ kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastcl.numerics import LOG2E, compute_dtype, unit_rows
+from fastcl.one_positive import LAYOUTS, OnePositive
+from fastcl.problem import (
+    Needs,
+    PairGradients,
+    Prepared,
+    Problem,
+    input_gradients,
+    prepare,
+    wanted_pairs,
+)
+
+_native = torch.ops.fastcl_native
+
+
+def stats_forward(problem: Problem, weighted_keys: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`fastcl.chunked.stats_forward`."""
+    prepared = prepare(problem)
+    n, m = problem.query.shape[0], problem.key.shape[0] if problem.columns else 0
+    new = prepared.query.new_empty
+    outputs = (new(5, n), new(4, n), new(5, m), new(4, m), new(problem.query.shape if weighted_keys else 0))
+    _native.stats_forward(*_native_problem(problem, prepared), *outputs)
+    return outputs
+
+
+def stats_backward(
+    problem: Problem,
+    grad_rows: Tensor,
+    grad_columns: Tensor,
+    row_state: Tensor,
+    column_state: Tensor,
+    needs: Needs,
+) -> tuple[Tensor | None, ...]:
+    """As :func:`fastcl.chunked.stats_backward`."""
+    prepared = prepare(problem)
+    shapes = (prepared.query.shape, prepared.key.shape, prepared.key.shape[:1])
+    wanted = wanted_pairs(problem, needs)
+    sums = [prepared.query.new_empty(s if want else (0,)) for s, want in zip(shapes, wanted, strict=True)]
+    _native.stats_backward(
+        *_native_problem(problem, prepared),
+        grad_rows.contiguous(),
+        row_state.contiguous(),
+        grad_columns.contiguous(),
+        column_state.contiguous(),
+        *sums,
+    )
+    pairs = PairGradients(*(x if want else None for x, want in zip(sums, wanted, strict=True)))
+    return input_gradients(problem, prepared, pairs, needs)
+
+
+def one_positive(args: OnePositive, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """The loss, and the gradients of query, positive, negatives and scale for an incoming 1."""
+    dtype = compute_dtype(args.query.dtype)
+    inputs = (args.query, args.positive, args.negatives)
+    new = args.query.new_empty
+    grads = [
+        new(x.shape if needed and x is not None else (0,), dtype=dtype)
+        for x, needed in zip(inputs, needs, strict=False)
+    ]
+    outputs = (new((), dtype=dtype), *grads, args.scale.new_empty(() if needs[3] else (0,)))
+    query, positive, negatives = (None if x is None else _row_contiguous(x) for x in inputs)
+    _native.one_positive(
+        query,
+        positive,
+        negatives,
+        args.scale,
+        None if args.query_ids is None else args.query_ids.contiguous(),
+        None if args.negative_ids is None else args.negative_ids.contiguous(),
+        LAYOUTS.index(args.layout),
+        args.normalize,
+        args.normalize_negatives,
+        args.reduction == "mean",
+        *outputs,
+    )
+    return outputs
+
+
+def topk(
+    query: Tensor,
+    key: Tensor,
+    k: int,
+    exclude_query: Tensor | None,
+    exclude_key: Tensor | None,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`fastcl.chunked.topk`."""
+    query, key = _row_contiguous(unit_rows(query, normalize)), _row_contiguous(unit_rows(key, normalize))
+    values = query.new_empty(query.shape[0], k)
+    indices = torch.empty(values.shape, dtype=torch.int64)
+    exclude = (None if ids is None else ids.contiguous() for ids in (exclude_query, exclude_key))
+    _native.topk(query, key, *exclude, values, indices)
+    return values, indices
+
+
+def _row_contiguous(x: Tensor) -> Tensor:
+    """``x`` with its last dimension contiguous; rows may be any distance apart."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _native_problem(
+    problem: Problem, prepared: Prepared
+) -> tuple[Tensor | None | float | bool, ...]:
+    query, key = prepared.query, prepared.key
+    if problem.key_scale is not None:
+        key = key * problem.key_scale.to(key.dtype)[:, None]
+    bias2 = None if problem.key_bias is None else problem.key_bias.to(key.dtype) * LOG2E
+    ids = (problem.exclude_query, problem.exclude_key, problem.positive_query, problem.positive_key)
+    return (
+        _row_contiguous(query),
+        _row_contiguous(key),
+        float(problem.scale),
+        None if bias2 is None else bias2.contiguous(),
+        *(None if x is None else x.contiguous() for x in ids),
+        problem.symmetric,
+        problem.columns,
+    )

@@ -1,0 +1,164 @@
+#include "cpu/attend.h"
+
+namespace fastcl {
+
+namespace {
+
+constexpr int64_t kKeyRows = 96;  // keys per tile: few enough that it stays in the cache
+constexpr int64_t kMaxStrip = int64_t{16} << 20;
+
+int64_t lane_block(int64_t queries, int64_t largest) {
+  return round_up(ceil_div(std::max<int64_t>(queries, 1), ceil_div(std::max<int64_t>(queries, 1), largest)),
+                  kLaneUnit);
+}
+
+template <class T>
+void block_logits(const Problem<T>& problem, Tile<T> tile, const T* packed, const T* key, int64_t key_stride,
+                  int64_t query_begin, int64_t key_begin) {
+  const Kernels<T>& k = kernels<T>();
+  k.logits(tile, key, key_stride, packed, problem.query.width, problem.bias2 ? problem.bias2 + key_begin : nullptr);
+  if (problem.exclude.row)
+    k.exclude(tile, {problem.exclude.row + key_begin, problem.exclude.lane + query_begin});
+}
+
+// Rescales what was summed relative to `before` to be relative to `now`.
+template <class T>
+void rescale(int64_t lanes, const T* before, const T* now, T* sum, T* out, int64_t width) {
+  for (int64_t i = 0; i < lanes; i++) {
+    if (before[i] == now[i]) continue;
+    const T factor = is_empty(before[i]) ? T(0) : std::exp2(before[i] - now[i]);
+    sum[i] *= factor;
+    for (int64_t d = 0; d < width; d++) out[i * width + d] *= factor;
+  }
+}
+
+template <class T>
+void attend_block(const Problem<T>& problem, int64_t begin, int64_t lanes, int64_t block, int64_t key_first,
+                  int64_t key_last, LogSum<T> state, T* out, int64_t width, Scratch& scratch) {
+  const Kernels<T>& k = kernels<T>();
+  T* packed = scratch.take<T>(kPackedSlot, block * problem.query.width);
+  T* before = scratch.take<T>(kSumSlot, block);
+  Tile<T> tile{scratch.take<T>(kTileSlot, kKeyRows * block), block, 0, lanes};
+  std::fill_n(out, lanes * width, T(0));
+  k.pack_lanes(packed, problem.query.row(begin), problem.query.stride, lanes, problem.query.width, problem.scale2);
+  for (int64_t key_begin = key_first; key_begin < key_last; key_begin += kKeyRows) {
+    tile.rows = std::min(kKeyRows, key_last - key_begin);
+    int64_t key_stride;
+    const T* key = problem.key.tile(key_begin, tile.rows, kKeySlot, scratch, &key_stride);
+    block_logits(problem, tile, packed, key, key_stride, begin, key_begin);
+    std::copy_n(state.max, lanes, before);
+    k.lane_max(tile, state.max);
+    rescale(lanes, before, state.max, state.sum, out, width);
+    k.exponentiate(tile, state.max, state.sum);
+    k.add_to_lanes(tile, key, key_stride, out, width, width);
+  }
+}
+
+}  // namespace
+
+template <class T>
+Attended<T> attend(const Problem<T>& problem) {
+  const int64_t queries = problem.query.count, keys = problem.key.count;
+  const int64_t width = round_up(problem.query.width, kernels<T>().vector);
+  const int64_t block = lane_block(queries, kMaxBlock), blocks = ceil_div(queries, block);
+  const int64_t key_parts = blocks >= 8 ? 1 : std::clamp<int64_t>(ceil_div(keys, 8 * kKeyRows), 1, 8);
+  std::vector<State<T>> states;
+  for (int64_t p = 0; p < key_parts; p++) states.push_back(make_state<T>(queries));
+  Partials<T> sums = make_partials<T>(key_parts, queries, width);
+
+  for_each_task(blocks * key_parts, [&](int64_t task, Scratch& scratch) {
+    const int64_t begin = task % blocks * block, part = task / blocks;
+    attend_block(problem, begin, std::min(block, queries - begin), block, keys * part / key_parts,
+                 keys * (part + 1) / key_parts, states[part].negative(begin), sums.row(part, begin), width, scratch);
+  });
+  if (key_parts == 1) return {std::move(states[0]), std::move(sums)};
+
+  Attended<T> result{make_state<T>(queries), make_partials<T>(1, queries, width)};
+  for_each_range(queries, 64, [&](int64_t begin, int64_t end) {
+    for (const State<T>& part : states) merge_state(result.rows, part, begin, end);
+    for (int64_t i = begin; i < end; i++) {
+      T* out = result.query.row(0, i);
+      std::fill_n(out, width, T(0));
+      for (int64_t p = 0; p < key_parts; p++) {
+        const T max = *states[p].negative(i).max;
+        if (is_empty(max) && !std::isnan(*states[p].negative(i).sum)) continue;
+        kernels<T>().add_scaled(out, sums.row(p, i), std::exp2(max - *result.rows.negative(i).max), width);
+      }
+    }
+  });
+  return result;
+}
+
+namespace {
+// Fewer lanes make a smaller strip, but pass over the keys' sums more often.
+template <class T>
+int64_t strip_block(const Problem<T>& problem) {
+  return lane_block(problem.query.count, std::max<int64_t>(kLaneUnit, std::min<int64_t>(192, problem.query.count / 8)));
+}
+}  // namespace
+
+template <class T>
+bool strips_fit(const Problem<T>& problem) {
+  return problem.key.count * strip_block(problem) * static_cast<int64_t>(sizeof(T)) <= kMaxStrip &&
+         problem.query.count >= 4 * kLaneUnit;
+}
+
+template <class T>
+AttendedKeys<T> attend_with_keys(const Problem<T>& problem, const std::function<T(int64_t, T, T)>& factor) {
+  const int64_t queries = problem.query.count, keys = problem.key.count;
+  const int64_t width = round_up(problem.query.width, kernels<T>().vector);
+  const int64_t block = strip_block(problem), blocks = ceil_div(queries, block);
+  const Plan plan = make_plan(queries, keys, width, true, width * sizeof(T));
+  const int64_t parts = std::clamp<int64_t>(blocks, 1, plan.query_parts);
+  AttendedKeys<T> result{{make_state<T>(queries), make_partials<T>(1, queries, width)},
+                         make_partials<T>(parts, keys, width)};
+
+  for_each_task(parts, [&](int64_t part, Scratch& scratch) {
+    const Kernels<T>& k = kernels<T>();
+    T* packed = scratch.take<T>(kPackedSlot, block * problem.query.width);
+    T* scaled = scratch.take<T>(kQuerySlot, block * width);
+    T* strip = scratch.take<T>(kTileSlot, keys * block);
+    std::fill(result.key.part(part), result.key.part(part) + keys * width, T(0));
+    for (int64_t b = part; b < blocks; b += parts) {
+      const int64_t begin = b * block, lanes = std::min(block, queries - begin);
+      const LogSum<T> state = result.queries.rows.negative(begin);
+      T* out = result.queries.query.row(0, begin);
+      std::fill_n(out, lanes * width, T(0));
+      auto for_tiles = [&](const auto& body) {
+        for (int64_t first = 0; first < keys; first += kKeyRows) {
+          const Tile<T> tile{strip + first * block, block, std::min(kKeyRows, keys - first), lanes};
+          int64_t key_stride;
+          const T* key = problem.key.tile(first, tile.rows, kKeySlot, scratch, &key_stride);
+          body(tile, first, key, key_stride);
+        }
+      };
+      k.pack_lanes(packed, problem.query.row(begin), problem.query.stride, lanes, problem.query.width,
+                   problem.scale2);
+      for_tiles([&](Tile<T> tile, int64_t first, const T* key, int64_t key_stride) {
+        block_logits(problem, tile, packed, key, key_stride, begin, first);
+        k.lane_max(tile, state.max);
+      });
+      for_tiles([&](Tile<T> tile, int64_t, const T* key, int64_t key_stride) {
+        k.exponentiate(tile, state.max, state.sum);
+        k.add_to_lanes(tile, key, key_stride, out, width, width);
+      });
+      for (int64_t i = 0; i < lanes; i++) {
+        const T f = factor(begin + i, state.max[i], state.sum[i]);
+        for (int64_t d = 0; d < width; d++) scaled[i * width + d] = problem.query.row(begin + i)[d] * f;
+      }
+      for_tiles([&](Tile<T> tile, int64_t first, const T*, int64_t) {
+        k.add_to_rows(tile, scaled, width, result.key.row(part, first), width, width);
+      });
+    }
+  });
+  return result;
+}
+
+#define FASTCL_INSTANTIATE(T)                              \
+  template Attended<T> attend<T>(const Problem<T>&);       \
+  template bool strips_fit<T>(const Problem<T>&);          \
+  template AttendedKeys<T> attend_with_keys<T>(const Problem<T>&, const std::function<T(int64_t, T, T)>&);
+FASTCL_INSTANTIATE(float)
+FASTCL_INSTANTIATE(double)
+
+}  // namespace fastcl

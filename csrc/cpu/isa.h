@@ -1,0 +1,18 @@
+// Run-time choice of the instruction set.
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace fastcl {
+
+// In this order in ISA_LEVELS of the Python side.
+enum class Isa : int { generic, avx2, avx512 };
+
+Isa best_isa();
+Isa current_isa();
+void force_isa(Isa isa);
+
+template <class T>
+const Kernels<T>& kernels();
+
+}  // namespace fastcl

@@ -1,0 +1,362 @@
+// The tile kernels, compiled once per instruction set (FASTCL_ISA names it). No standard library:
+// an inline function shared with other objects could be the copy that needs a newer machine.
+#include "cpu/kernels.h"
+
+#include "cpu/gemm.h"
+#include "cpu/vec.h"
+
+namespace fastcl {
+namespace {
+
+// One exponential per pair serves two maxima while they are at most this far apart (log2 units).
+template <class T>
+constexpr T kSharedRange = 24;
+
+template <class T>
+int64_t vectors_of(const Tile<T>& tile) {
+  return (tile.lanes + kLanes<T> - 1) / kLanes<T>;
+}
+template <class T>
+Vec<T> empty_vector() {
+  return splat(excluded_logit<T>);
+}
+
+// ---- loading and packing ----
+
+template <class T, class S>
+void convert_rows(T* dst, int64_t dst_stride, const S* src, int64_t src_stride, int64_t rows, int64_t width,
+                  const T* factor) {
+  for (int64_t r = 0; r < rows; r++) {
+    const T f = factor ? factor[r] : T(1);
+    for (int64_t k = 0; k < width; k++) dst[r * dst_stride + k] = static_cast<T>(src[r * src_stride + k]) * f;
+    for (int64_t k = width; k < dst_stride; k++) dst[r * dst_stride + k] = 0;
+  }
+}
+
+struct BFloat16 {
+  uint16_t bits;
+  operator float() const { return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16); }
+};
+
+template <class T>
+void load_rows(T* dst, int64_t dst_stride, const void* src, DType dtype, int64_t src_stride, int64_t rows,
+               int64_t width, const T* factor) {
+  auto convert = [&](auto* typed) {
+    convert_rows(dst, dst_stride, typed, src_stride, rows, width, factor);
+  };
+  switch (dtype) {
+    case DType::float64:
+      return convert(static_cast<const double*>(src));
+    case DType::float32:
+      return convert(static_cast<const float*>(src));
+    case DType::float16:
+      return convert(static_cast<const _Float16*>(src));
+    case DType::bfloat16:
+      return convert(static_cast<const BFloat16*>(src));
+  }
+}
+
+template <class T>
+T dot(const T* a, const T* b, int64_t width) {
+  Vec<T> acc[2] = {};
+  int64_t k = 0;
+  for (; k + kPanel<T> <= width; k += kPanel<T>) {
+    acc[0] += load(a + k) * load(b + k);
+    acc[1] += load(a + k + kLanes<T>) * load(b + k + kLanes<T>);
+  }
+  T total = horizontal_sum<T>(acc[0] + acc[1]);
+  for (; k < width; k++) total += a[k] * b[k];
+  return total;
+}
+
+template <class T>
+void add_scaled(T* y, const T* x, T alpha, int64_t width) {
+  for (int64_t k = 0; k < width; k++) y[k] += alpha * x[k];
+}
+
+template <class T>
+void pack_lanes(T* packed, const T* x, int64_t stride, int64_t lanes, int64_t width, T factor) {
+  for (int64_t first = 0; first < lanes; first += kPanel<T>, packed += width * kPanel<T>) {
+    const int64_t count = lanes - first < kPanel<T> ? lanes - first : kPanel<T>;
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t k = 0; k < width; k++) packed[k * kPanel<T> + i] = x[(first + i) * stride + k] * factor;
+    for (int64_t i = count; i < kPanel<T>; i++)
+      for (int64_t k = 0; k < width; k++) packed[k * kPanel<T> + i] = 0;
+  }
+}
+
+// ---- products ----
+
+template <class T>
+void logits(Tile<T> tile, const T* y, int64_t y_stride, const T* packed, int64_t width, const T* bias) {
+  const int64_t padded = vectors_of(tile) * kLanes<T>;
+  gemm<T>(tile.rows, padded, width, {y, y_stride, 1}, packed, kPanel<T>, kPanel<T> * width, tile.s, tile.stride,
+          Start::bias, bias);
+  for (int64_t r = 0; r < tile.rows; r++)
+    for (int64_t i = tile.lanes; i < padded; i++) tile.row(r)[i] = excluded_logit<T>;
+}
+
+template <class T>
+void add_to_lanes(Tile<T> tile, const T* y, int64_t y_stride, T* out, int64_t out_stride, int64_t width) {
+  gemm<T>(tile.lanes, width, tile.rows, {tile.s, 1, tile.stride}, y, y_stride, kPanel<T>, out, out_stride,
+          Start::accumulate, nullptr);
+}
+
+template <class T>
+void add_to_rows(Tile<T> tile, const T* x, int64_t x_stride, T* out, int64_t out_stride, int64_t width) {
+  gemm<T>(tile.rows, width, tile.lanes, {tile.s, tile.stride, 1}, x, x_stride, kPanel<T>, out, out_stride,
+          Start::accumulate, nullptr);
+}
+
+// ---- the pair rule ----
+
+// Calls body(row) for the rows whose id lies in the range of the lanes' ids: most tiles have none.
+template <class T, class Body>
+void for_rows_in_range(Tile<T> tile, Ids ids, Body body) {
+  int64_t low = ids.lane[0], high = ids.lane[0];
+  for (int64_t i = 1; i < tile.lanes; i++) {
+    low = ids.lane[i] < low ? ids.lane[i] : low;
+    high = ids.lane[i] > high ? ids.lane[i] : high;
+  }
+  for (int64_t r = 0; r < tile.rows; r++)
+    if (ids.row[r] >= low && ids.row[r] <= high) body(r);
+}
+
+template <class T>
+void exclude(Tile<T> tile, Ids ids) {
+  for_rows_in_range(tile, ids, [&](int64_t r) {
+    T* s = tile.row(r);
+    const int64_t id = ids.row[r];
+    for (int64_t i = 0; i < tile.lanes; i++) s[i] = ids.lane[i] == id ? excluded_logit<T> : s[i];
+  });
+}
+
+template <class T>
+void split(Tile<T> tile, Tile<T> positive, Ids ids, T* lane_sum, T* lane_count, T* row_sum, T* row_count) {
+  const int64_t padded = vectors_of(tile) * kLanes<T>;
+  for (int64_t r = 0; r < tile.rows; r++)
+    for (int64_t i = 0; i < padded; i += kLanes<T>) store(positive.row(r) + i, empty_vector<T>());
+  for_rows_in_range(tile, ids, [&](int64_t r) {
+    T *s = tile.row(r), *p = positive.row(r);
+    const int64_t id = ids.row[r];
+    T sum = 0, count = 0;
+    for (int64_t i = 0; i < tile.lanes; i++) {
+      if (ids.lane[i] != id || is_empty(s[i])) continue;
+      p[i] = s[i];
+      s[i] = excluded_logit<T>;
+      lane_sum[i] += p[i];
+      lane_count[i] += 1;
+      sum += p[i];
+      count += 1;
+    }
+    row_sum[r] += sum;
+    row_count[r] += count;
+  });
+}
+
+// ---- streaming log-sum-exp ----
+
+template <class T>
+void lane_max(Tile<T> tile, T* max) {
+  for (int64_t v = 0; v < vectors_of(tile); v++) {
+    Vec<T> best = load(max + v * kLanes<T>);
+    for (int64_t r = 0; r < tile.rows; r++) best = maximum(best, load(tile.row(r) + v * kLanes<T>));
+    store(max + v * kLanes<T>, best);
+  }
+}
+
+template <class T>
+void lane_log_sum(Tile<T> tile, LogSum<T> lane) {
+  for (int64_t v = 0; v < vectors_of(tile); v++) {
+    const int64_t offset = v * kLanes<T>;
+    const Vec<T> before = load(lane.max + offset);
+    Vec<T> max = before;
+    for (int64_t r = 0; r < tile.rows; r++) max = maximum(max, load(tile.row(r) + offset));
+    Vec<T> sum = load(lane.sum + offset) * exp2(before - max);
+    for (int64_t r = 0; r < tile.rows; r++) sum += exp2(load(tile.row(r) + offset) - max);
+    store(lane.max + offset, max);
+    store(lane.sum + offset, sum);
+  }
+}
+
+template <class T>
+void row_log_sum(Tile<T> tile, LogSum<T> row) {
+  for (int64_t r = 0; r < tile.rows; r++) {
+    Vec<T> best = empty_vector<T>();
+    for (int64_t v = 0; v < vectors_of(tile); v++) best = maximum(best, load(tile.row(r) + v * kLanes<T>));
+    const Vec<T> max = splat(maximum(row.max[r], horizontal_max<T>(best)));
+    Vec<T> sum = {};
+    for (int64_t v = 0; v < vectors_of(tile); v++) sum += exp2(load(tile.row(r) + v * kLanes<T>) - max);
+    row.sum[r] = row.sum[r] * exp2(splat(row.max[r]) - max)[0] + horizontal_sum<T>(sum);
+    row.max[r] = max[0];
+  }
+}
+
+// Adds a tile's sums, taken relative to `reference`, to running sums of `count` (whole vectors).
+template <class T>
+void merge_log_sum(LogSum<T> running, const T* tile_max, const T* tile_sum, T reference, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes<T>) {
+    const Vec<T> before = load(running.max + i), max = maximum(before, load(tile_max + i));
+    // an empty lane's sum is 0: the bound only keeps its factor finite
+    const Vec<T> shift = minimum(splat(reference) - max, splat(2 * kSharedRange<T>));
+    store(running.sum + i, load(running.sum + i) * exp2(before - max) + load(tile_sum + i) * exp2(shift));
+    store(running.max + i, max);
+  }
+}
+
+constexpr int64_t kMaxTile = 256;
+
+template <class T>
+void both_log_sum(Tile<T> tile, LogSum<T> lane, LogSum<T> row) {
+  alignas(64) T lane_best[kMaxTile], row_best[kMaxTile], lane_sum[kMaxTile], row_sum[kMaxTile];
+  const int64_t vectors = vectors_of(tile);
+  for (int64_t v = 0; v < vectors; v++) {
+    store(lane_best + v * kLanes<T>, empty_vector<T>());
+    store(lane_sum + v * kLanes<T>, Vec<T>{});
+  }
+  T highest = excluded_logit<T>, lowest = -excluded_logit<T>;
+  auto widen = [&](T best) {
+    highest = maximum(highest, best);
+    lowest = is_empty(best) ? lowest : minimum(lowest, best);
+  };
+  for (int64_t r = 0; r < tile.rows; r++) {
+    Vec<T> best = empty_vector<T>();
+    for (int64_t v = 0; v < vectors; v++) {
+      const Vec<T> s = load(tile.row(r) + v * kLanes<T>);
+      best = maximum(best, s);
+      store(lane_best + v * kLanes<T>, maximum(load(lane_best + v * kLanes<T>), s));
+    }
+    row_best[r] = horizontal_max<T>(best);
+    widen(row_best[r]);
+  }
+  for (int64_t i = 0; i < tile.lanes; i++) widen(lane_best[i]);
+  if (highest - lowest > kSharedRange<T>) {
+    lane_log_sum(tile, lane);
+    row_log_sum(tile, row);
+    return;
+  }
+  const Vec<T> reference = splat(highest);
+  for (int64_t r = 0; r < tile.rows; r++) {
+    Vec<T> sum = {};
+    for (int64_t v = 0; v < vectors; v++) {
+      const Vec<T> e = exp2(load(tile.row(r) + v * kLanes<T>) - reference);
+      sum += e;
+      store(lane_sum + v * kLanes<T>, load(lane_sum + v * kLanes<T>) + e);
+    }
+    row_sum[r] = horizontal_sum<T>(sum);
+  }
+  merge_log_sum(lane, lane_best, lane_sum, highest, tile.lanes);
+  merge_log_sum(row, row_best, row_sum, highest, tile.rows);
+}
+
+template <class T>
+void exponentiate(Tile<T> tile, const T* max, T* sum) {
+  for (int64_t v = 0; v < vectors_of(tile); v++) {
+    const int64_t offset = v * kLanes<T>;
+    const Vec<T> lane_best = load(max + offset);
+    Vec<T> total = load(sum + offset);
+    for (int64_t r = 0; r < tile.rows; r++) {
+      const Vec<T> e = exp2(load(tile.row(r) + offset) - lane_best);
+      store(tile.row(r) + offset, e);
+      total += e;
+    }
+    store(sum + offset, total);
+  }
+}
+
+// ---- weights of the backward pass ----
+
+template <class T>
+void lane_weights(Tile<T> tile, Weight<T> lane) {
+  for (int64_t v = 0; v < vectors_of(tile); v++) {
+    const int64_t offset = v * kLanes<T>;
+    const Vec<T> max = load(lane.max + offset), factor = load(lane.factor + offset);
+    for (int64_t r = 0; r < tile.rows; r++)
+      store(tile.row(r) + offset, exp2(load(tile.row(r) + offset) - max) * factor);
+  }
+}
+
+template <class T>
+void separate_weights(Tile<T> tile, Weight<T> lane, Weight<T> row) {
+  for (int64_t r = 0; r < tile.rows; r++) {
+    for (int64_t i = 0; i < vectors_of(tile) * kLanes<T>; i += kLanes<T>) {
+      const Vec<T> s = load(tile.row(r) + i);
+      store(tile.row(r) + i, exp2(s - load(lane.max + i)) * load(lane.factor + i) +
+                                 exp2(s - splat(row.max[r])) * splat(row.factor[r]));
+    }
+  }
+}
+
+template <class T>
+void both_weights(Tile<T> tile, Weight<T> lane, Weight<T> row) {
+  T highest = excluded_logit<T>, lowest = -excluded_logit<T>;
+  auto widen = [&](T max) {
+    highest = maximum(highest, max);
+    lowest = is_empty(max) ? lowest : minimum(lowest, max);
+  };
+  for (int64_t i = 0; i < tile.lanes; i++) widen(lane.max[i]);
+  for (int64_t r = 0; r < tile.rows; r++) widen(row.max[r]);
+  if (highest - lowest > kSharedRange<T>) return separate_weights(tile, lane, row);
+  const Vec<T> reference = splat(highest), bound = splat(2 * kSharedRange<T>);
+  alignas(64) T lane_factor[kMaxTile];
+  const int64_t padded = vectors_of(tile) * kLanes<T>;
+  for (int64_t i = 0; i < padded; i += kLanes<T>)
+    store(lane_factor + i, load(lane.factor + i) * exp2(minimum(reference - load(lane.max + i), bound)));
+  for (int64_t r = 0; r < tile.rows; r++) {
+    const Vec<T> factor = exp2(minimum(reference - splat(row.max[r]), bound)) * splat(row.factor[r]);
+    T* s = tile.row(r);
+    for (int64_t i = 0; i < padded; i += kLanes<T>)
+      store(s + i, exp2(load(s + i) - reference) * (load(lane_factor + i) + factor));
+  }
+}
+
+template <class T>
+void pair_weights(Tile<T> tile, Tile<T> positive, const typename Kernels<T>::PairWeight* lane,
+                  const typename Kernels<T>::PairWeight* row) {
+  const Vec<T> zero = {};
+  for (int64_t r = 0; r < tile.rows; r++) {
+    for (int64_t i = 0; i < vectors_of(tile) * kLanes<T>; i += kLanes<T>) {
+      const Vec<T> negative = load(tile.row(r) + i), p = load(positive.row(r) + i);
+      const auto is_positive = p > excluded_logit<T> / 2 || p != p;
+      auto weigh = [&](Vec<T> max, Vec<T> factor, Vec<T> positive_max, Vec<T> positive_factor, Vec<T> constant) {
+        const Vec<T> weight = exp2(is_positive ? p - positive_max : negative - max);
+        return weight * (is_positive ? positive_factor : factor) + (is_positive ? constant : zero);
+      };
+      Vec<T> w = weigh(load(lane->negative.max + i), load(lane->negative.factor + i), load(lane->positive.max + i),
+                       load(lane->positive.factor + i), load(lane->constant + i));
+      if (row)
+        w += weigh(splat(row->negative.max[r]), splat(row->negative.factor[r]), splat(row->positive.max[r]),
+                   splat(row->positive.factor[r]), splat(row->constant[r]));
+      store(tile.row(r) + i, w);
+    }
+  }
+}
+
+template <class T>
+int64_t select_above(const T* logits, int64_t count, T threshold, int64_t first_index, T* values,
+                     int64_t* indices) {
+  int64_t kept = 0;
+  for (int64_t i = 0; i < count; i++) {
+    if (logits[i] <= threshold) continue;
+    values[kept] = logits[i];
+    indices[kept++] = first_index + i;
+  }
+  return kept;
+}
+
+template <class T>
+constexpr Kernels<T> kTable = {
+    kLanes<T>,       kPanel<T>,       load_rows<T>,    dot<T>,         add_scaled<T>,   pack_lanes<T>,
+    logits<T>,       add_to_lanes<T>, add_to_rows<T>,  exclude<T>,     split<T>,        lane_max<T>,
+    lane_log_sum<T>, both_log_sum<T>, exponentiate<T>, lane_weights<T>, both_weights<T>, pair_weights<T>,
+    select_above<T>,
+};
+
+}  // namespace
+
+#define FASTCL_NAME_(type, isa) kernels_##type##_##isa
+#define FASTCL_NAME(type, isa) FASTCL_NAME_(type, isa)
+const Kernels<float>* FASTCL_NAME(float, FASTCL_ISA)() { return &kTable<float>; }
+const Kernels<double>* FASTCL_NAME(double, FASTCL_ISA)() { return &kTable<double>; }
+
+}  // namespace fastcl

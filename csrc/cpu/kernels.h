@@ -1,0 +1,107 @@
+// What one instruction set offers: kernels over one tile of the similarity matrix.
+//
+// A tile is stored as s[row][lane]: rows are keys, lanes are queries, so that statistics of a query
+// are vertical and need no shuffles. Logits are in log2 units: exp2 serves everywhere.
+#pragma once
+
+#include <cstdint>
+
+namespace fastcl {
+
+enum class DType : int { float64, float32, float16, bfloat16 };
+
+// Stands for "no such pair": far below every logit, yet finite, so that no arithmetic on it makes a NaN.
+template <class T>
+constexpr T excluded_logit = sizeof(T) == 4 ? T(-1e38) : T(-1e300);
+template <class T>
+constexpr bool is_empty(T maximum) {
+  return maximum <= excluded_logit<T> / 2;
+}
+
+// Running max and sum of exp2(logit - max), per lane or per row.
+template <class T>
+struct LogSum {
+  T* max;
+  T* sum;
+};
+
+// Weight exp2(logit - max) * factor, per lane or per row.
+template <class T>
+struct Weight {
+  const T* max;
+  const T* factor;
+};
+
+template <class T>
+struct Tile {
+  T* s;
+  int64_t stride;
+  int64_t rows;
+  int64_t lanes;  // real lanes; the kernels work on whole vectors and ignore the rest
+
+  T* row(int64_t r) const { return s + r * stride; }
+};
+
+// Positive pairs of a tile, told by their ids.
+struct Ids {
+  const int64_t* row;
+  const int64_t* lane;
+};
+
+template <class T>
+struct Kernels {
+  int64_t vector;  // lanes per vector; widths are padded to it
+  int64_t panel;   // lanes per packed panel
+
+  // Converts rows to T, multiplies each by its factor (null: 1) and pads with zeros to the stride of dst.
+  void (*load_rows)(T* dst, int64_t dst_stride, const void* src, DType dtype, int64_t src_stride,
+                    int64_t rows, int64_t width, const T* factor);
+  T (*dot)(const T* a, const T* b, int64_t width);
+  // y += alpha * x
+  void (*add_scaled)(T* y, const T* x, T alpha, int64_t width);
+
+  // Packs rows of x as the lanes of a tile, times factor.
+  void (*pack_lanes)(T* packed, const T* x, int64_t stride, int64_t lanes, int64_t width, T factor);
+  // tile = y x^T + bias (null: 0), bias per row; lanes past the last are excluded.
+  void (*logits)(Tile<T> tile, const T* y, int64_t y_stride, const T* packed, int64_t width, const T* bias);
+  // lane_out += tile^T y
+  void (*add_to_lanes)(Tile<T> tile, const T* y, int64_t y_stride, T* out, int64_t out_stride, int64_t width);
+  // row_out += tile x
+  void (*add_to_rows)(Tile<T> tile, const T* x, int64_t x_stride, T* out, int64_t out_stride, int64_t width);
+
+  void (*exclude)(Tile<T> tile, Ids ids);
+  // Moves positives to `positive` (excluded elsewhere there) and adds their sums and counts.
+  void (*split)(Tile<T> tile, Tile<T> positive, Ids ids, T* lane_sum, T* lane_count, T* row_sum,
+                T* row_count);
+
+  void (*lane_max)(Tile<T> tile, T* max);
+  void (*lane_log_sum)(Tile<T> tile, LogSum<T> lane);
+  void (*both_log_sum)(Tile<T> tile, LogSum<T> lane, LogSum<T> row);
+  // tile = exp2(tile - max), sum += its lane sums
+  void (*exponentiate)(Tile<T> tile, const T* max, T* sum);
+
+  // tile = weight of the lane (+ weight of the row)
+  void (*lane_weights)(Tile<T> tile, Weight<T> lane);
+  void (*both_weights)(Tile<T> tile, Weight<T> lane, Weight<T> row);
+  // The same where a pair may be positive: tile holds the negatives, `positive` the positives;
+  // constants are added on positives. row may be null.
+  struct PairWeight {
+    Weight<T> negative, positive;
+    const T* constant;
+  };
+  void (*pair_weights)(Tile<T> tile, Tile<T> positive, const PairWeight* lane, const PairWeight* row);
+
+  // Appends to `kept` the lanes whose logit is above their threshold (NaN counts as above).
+  int64_t (*select_above)(const T* logits, int64_t count, T threshold, int64_t first_index, T* values,
+                          int64_t* indices);
+};
+
+// Each is defined by kernels.cpp, compiled once per instruction set.
+const Kernels<float>* kernels_float_generic();
+const Kernels<float>* kernels_float_avx2();
+const Kernels<float>* kernels_float_avx512();
+const Kernels<double>* kernels_double_generic();
+const Kernels<double>* kernels_double_avx2();
+const Kernels<double>* kernels_double_avx512();
+
+}  // namespace fastcl

@@ -1,0 +1,271 @@
+#include "cpu/one_positive.h"
+
+#include <numeric>
+
+#include "cpu/attend.h"
+#include "cpu/stats.h"
+
+namespace fastcl {
+
+namespace {
+
+constexpr int64_t kRowGrain = 128;
+
+// Unit rows of one or two inputs, stacked and padded to whole vectors.
+template <class T>
+struct UnitRows {
+  Buffer<T> rows;
+  Buffer<T> inverse;  // inverse norms; null without normalization
+  int64_t count = 0, width = 0, stride = 0;
+
+  T* row(int64_t i) const { return rows.get() + i * stride; }
+  Rows<T> as_rows() const { return {rows.get(), DType::float32, stride, count, width, true}; }
+};
+
+template <class T>
+UnitRows<T> unit_rows(std::initializer_list<Input> inputs, bool normalize) {
+  const Kernels<T>& k = kernels<T>();
+  UnitRows<T> unit;
+  unit.width = inputs.begin()->width;
+  unit.stride = round_up(unit.width, k.vector);
+  for (const Input& input : inputs) unit.count += input.count;
+  unit.rows = allocate<T>(unit.count * unit.stride);
+  if (normalize) unit.inverse = allocate<T>(unit.count);
+  int64_t offset = 0;
+  for (const Input& input : inputs) {
+    for_each_range(input.count, kRowGrain, [&](int64_t begin, int64_t end) {
+      const Rows<T> raw{input.data, input.dtype, input.stride, input.count, input.width};
+      k.load_rows(unit.row(offset + begin), unit.stride, raw.source(begin), input.dtype, input.stride, end - begin,
+                  input.width, nullptr);
+      for (int64_t i = offset + begin; normalize && i < offset + end; i++) {
+        const T norm = std::sqrt(k.dot(unit.row(i), unit.row(i), unit.stride));
+        const T inverse = norm == 0 ? T(0) : 1 / std::max(norm, T(1e-12));
+        unit.inverse[i] = inverse;
+        for (int64_t d = 0; d < unit.width; d++) unit.row(i)[d] *= inverse;
+      }
+    });
+    offset += input.count;
+  }
+  return unit;
+}
+
+// Gradient of row i from `sum`, that of its unit row before the scale, in place; returns <unit row, sum>.
+template <class T>
+T input_gradient(const UnitRows<T>& unit, int64_t i, T scale, T* sum) {
+  const T radial = kernels<T>().dot(unit.row(i), sum, unit.stride);
+  const T inverse = unit.inverse ? unit.inverse[i] : T(1);
+  const T along = unit.inverse && inverse < T(1e12) ? radial : T(0);
+  for (int64_t d = 0; d < unit.width; d++) sum[d] = (sum[d] - unit.row(i)[d] * along) * scale * inverse;
+  return radial;
+}
+
+template <class T>
+class Loss {
+ public:
+  Loss(const OnePositive& args, const OnePositiveResult<T>& result) : args_(args), result_(result) {
+    const bool views = args.layout == Layout::views;
+    const int64_t n = args.query.count;
+    query_ = views ? unit_rows<T>({args.query, args.positive}, args.normalize)
+                   : unit_rows<T>({args.query}, args.normalize);
+    if (!views) positive_ = unit_rows<T>({args.positive}, args.normalize);
+    rows_ = query_.count;
+    incoming_ = args.mean ? T(1) / rows_ : T(1);
+    problem_.query = query_.as_rows();
+    problem_.scale2 = static_cast<T>(args.scale * kLog2E);
+    problem_.bias2 = nullptr;
+    problem_.symmetric = views;
+    set_keys();
+    if (args.layout != Layout::negatives) {
+      ids_ = allocate<int64_t>(rows_);
+      for (int64_t i = 0; i < rows_; i++) ids_[i] = i % n;
+      problem_.exclude = {ids_.get(), ids_.get()};
+    } else {
+      problem_.exclude = {args.query_ids ? args.negative_ids : nullptr, args.query_ids};
+    }
+    positive_logit_ = allocate<T>(rows_);
+    for_each_range(rows_, kRowGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++)
+        positive_logit_[i] = static_cast<T>(
+            args.scale * kernels<T>().dot(query_.row(i), positive_row(i), query_.stride));
+    });
+    pull_ = allocate_filled<T>(rows_, T(0));
+    losses_ = allocate_filled<T>(rows_, T(0));
+  }
+
+  void run() {
+    const bool gradients = result_.query || result_.positive || result_.negatives || result_.scale;
+    const bool keys_wanted = args_.layout == Layout::negatives ? result_.negatives : result_.positive;
+    const bool two_sided = args_.layout == Layout::views || args_.layout == Layout::pairs;
+    if (!gradients || two_sided || (keys_wanted && !strips_fit(problem_)))
+      run_two_passes(gradients, keys_wanted);
+    else if (keys_wanted)
+      run_strips();
+    else
+      run_frozen_keys();
+    const double total = std::accumulate(losses_.get(), losses_.get() + rows_, 0.0);
+    *result_.loss = static_cast<T>(args_.mean ? total / rows_ : total);
+  }
+
+ private:
+  void set_keys() {
+    if (args_.layout == Layout::views) {
+      problem_.key = problem_.query;
+    } else if (args_.layout != Layout::negatives) {
+      problem_.key = positive_.as_rows();
+    } else if (args_.normalize_negatives) {
+      negatives_ = unit_rows<T>({args_.negatives}, true);
+      problem_.key = negatives_.as_rows();
+    } else {
+      const Input& keys = args_.negatives;
+      const bool same = keys.dtype == (sizeof(T) == 4 ? DType::float32 : DType::float64);
+      problem_.key = {keys.data, keys.dtype, keys.stride, keys.count, keys.width,
+                      same && keys.width % kernels<T>().vector == 0};
+    }
+  }
+
+  const T* positive_row(int64_t i) const {
+    return args_.layout == Layout::views ? query_.row((i + rows_ / 2) % rows_) : positive_.row(i);
+  }
+
+  // Adds one direction's loss of row i, weighted, and returns the gradient of its lse_neg.
+  T add_loss(int64_t i, T max, T sum, T weight) {
+    const T margin = log_sum_exp(max, sum) - positive_logit_[i];
+    const T decay = std::exp(-std::abs(margin));
+    losses_[i] += weight * (std::max(margin, T(0)) + std::log1p(decay));
+    if (std::isnan(margin)) losses_[i] = margin;
+    const T sigmoid = (margin >= 0 ? T(1) : decay) / (1 + decay);
+    const T gradient = std::isnan(margin) ? margin : sigmoid * weight * incoming_;
+    pull_[i] += gradient;
+    return gradient;
+  }
+
+  // Losses of all rows from a state; their weights for the backward pass.
+  SideWeights<T> weigh(const State<T>& state, T weight) {
+    SideWeights<T> weights = make_side_weights<T>(rows_);
+    for_each_range(rows_, kRowGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const LogSum<T> entry = state.negative(i);
+        weights.field(SideWeights<T>::kNegMax)[i] = *entry.max;
+        weights.field(SideWeights<T>::kNegFactor)[i] =
+            weight_factor(add_loss(i, *entry.max, *entry.sum, weight), *entry.max, *entry.sum);
+      }
+    });
+    return weights;
+  }
+
+  void run_two_passes(bool gradients, bool keys_wanted) {
+    const bool columns = args_.layout == Layout::pairs;
+    const Statistics<T> stats = statistics(problem_, columns);
+    const SideWeights<T> row_weights = weigh(stats.rows, columns ? T(0.5) : T(1));
+    const SideWeights<T> column_weights = columns ? weigh(stats.columns, T(0.5)) : SideWeights<T>{};
+    if (!gradients) return;
+    const bool query_wanted = problem_.symmetric || result_.query || result_.scale;
+    const PairSums<T> sums = pair_sums(problem_, row_weights, column_weights,
+                                       {query_wanted, keys_wanted && !problem_.symmetric, false});
+    finish([&](int64_t i, T* sum) { add_parts(sums.query, i, sum); }, sums.key);
+  }
+
+  void run_strips() {
+    const AttendedKeys<T> attended = attend_with_keys<T>(problem_, [&](int64_t i, T max, T sum) {
+      return weight_factor(add_loss(i, max, sum, T(1)), max, sum);
+    });
+    finish_attended(attended.queries, attended.key);
+  }
+
+  void run_frozen_keys() {
+    const Attended<T> attended = attend(problem_);
+    weigh(attended.rows, T(1));
+    finish_attended(attended, {});
+  }
+
+  void finish_attended(const Attended<T>& attended, const Partials<T>& key_sums) {
+    auto query_sum = [&](int64_t i, T* sum) {
+      const LogSum<T> entry = attended.rows.negative(i);
+      kernels<T>().add_scaled(sum, attended.query.row(0, i), weight_factor(pull_[i], *entry.max, *entry.sum),
+                              query_.stride);
+    };
+    finish(query_sum, key_sums);
+  }
+
+  static void add_parts(const Partials<T>& partials, int64_t i, T* sum) {
+    for (int64_t p = 0; p < partials.parts; p++) kernels<T>().add_scaled(sum, partials.row(p, i), T(1), partials.width);
+  }
+
+  // Gradients of one side: sum(i, out) gathers a row's, out(i) says where it goes (null: nowhere).
+  template <class Sum, class Out>
+  void finish_side(const UnitRows<T>& unit, const Sum& sum, const Out& out, T* radial) {
+    for_each_range(unit.count, kRowGrain, [&](int64_t begin, int64_t end) {
+      const Buffer<T> row = allocate<T>(unit.stride);
+      for (int64_t i = begin; i < end; i++) {
+        std::fill_n(row.get(), unit.stride, T(0));
+        sum(i, row.get());
+        const T dot = input_gradient(unit, i, static_cast<T>(args_.scale), row.get());
+        if (radial) radial[i] = dot;
+        if (T* to = out(i)) std::copy_n(row.get(), unit.width, to);
+      }
+    });
+  }
+
+  static auto rows_of(T* out, int64_t width) {
+    return [=](int64_t i) { return out ? out + i * width : nullptr; };
+  }
+
+  template <class QuerySum>
+  void finish(const QuerySum& query_sum, const Partials<T>& key_sums) {
+    const Kernels<T>& k = kernels<T>();
+    const int64_t width = query_.width, n = args_.query.count;
+    const bool views = args_.layout == Layout::views;
+    Buffer<T> radial = result_.scale ? allocate<T>(rows_) : nullptr;
+    auto query_out = [&](int64_t i) {
+      T* out = i < n ? result_.query : result_.positive;
+      return out ? out + i % n * width : nullptr;
+    };
+    auto query_row = [&](int64_t i, T* sum) {
+      query_sum(i, sum);
+      // as a view, the row is also the positive of its positive
+      const T pull = views ? pull_[i] + pull_[(i + n) % rows_] : pull_[i];
+      k.add_scaled(sum, positive_row(i), -pull, query_.stride);
+    };
+    finish_side(query_, query_row, query_out, radial.get());
+    if (result_.scale) {
+      const double total = std::accumulate(radial.get(), radial.get() + rows_, 0.0);
+      *result_.scale = views ? total / 2 : total;
+    }
+    if (views) return;
+    const bool keys_are_positives = args_.layout != Layout::negatives;
+    if (result_.positive) {
+      auto positive_row_sum = [&](int64_t i, T* sum) {
+        if (keys_are_positives) add_parts(key_sums, i, sum);
+        k.add_scaled(sum, query_.row(i), -pull_[i], query_.stride);
+      };
+      finish_side(positive_, positive_row_sum, rows_of(result_.positive, width), nullptr);
+    }
+    if (result_.negatives) {
+      auto negative_sum = [&](int64_t i, T* sum) { add_parts(key_sums, i, sum); };
+      finish_side(negatives_, negative_sum, rows_of(result_.negatives, width), nullptr);
+    }
+  }
+
+  const OnePositive& args_;
+  const OnePositiveResult<T>& result_;
+  UnitRows<T> query_, positive_, negatives_;
+  Problem<T> problem_;
+  Buffer<int64_t> ids_;
+  int64_t rows_;
+  T incoming_;
+  Buffer<T> positive_logit_;  // natural units
+  Buffer<T> pull_;            // minus the gradient of the positive's logit
+  Buffer<T> losses_;
+};
+
+}  // namespace
+
+template <class T>
+void one_positive(const OnePositive& args, const OnePositiveResult<T>& result) {
+  Loss<T>(args, result).run();
+}
+
+template void one_positive<float>(const OnePositive&, const OnePositiveResult<float>&);
+template void one_positive<double>(const OnePositive&, const OnePositiveResult<double>&);
+
+}  // namespace fastcl

@@ -1,0 +1,40 @@
+// The losses with one positive per row, value and gradients in one call.
+#pragma once
+
+#include "cpu/problem.h"
+
+namespace fastcl {
+
+// In this order in LAYOUTS of the Python side.
+enum class Layout : int { views, batch, pairs, negatives };
+
+// A tensor's rows as they came: any floating type, any row stride.
+struct Input {
+  const void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t stride = 0;
+  int64_t count = 0;
+  int64_t width = 0;
+};
+
+struct OnePositive {
+  Input query, positive, negatives;
+  double scale;
+  const int64_t *query_ids, *negative_ids;
+  Layout layout;
+  bool normalize, normalize_negatives;
+  bool mean;
+};
+
+// Where results go; gradients are for an incoming gradient of 1, null where not wanted.
+template <class T>
+struct OnePositiveResult {
+  T* loss;
+  T *query, *positive, *negatives;  // contiguous
+  double* scale;
+};
+
+template <class T>
+void one_positive(const OnePositive& args, const OnePositiveResult<T>& result);
+
+}  // namespace fastcl

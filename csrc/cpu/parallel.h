@@ -1,0 +1,88 @@
+// Tasks over torch's own threads, and scratch memory that each thread keeps.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include <torch/csrc/stable/ops.h>
+
+namespace fastcl {
+
+constexpr size_t kAlignment = 64;
+
+struct FreeMemory {
+  void operator()(void* p) const { std::free(p); }
+};
+template <class T>
+using Buffer = std::unique_ptr<T[], FreeMemory>;
+
+// Uninitialized; with room for a whole vector past the end.
+template <class T>
+Buffer<T> allocate(int64_t count) {
+  const size_t bytes = (count * sizeof(T) + 2 * kAlignment - 1) / kAlignment * kAlignment;
+  void* p = std::aligned_alloc(kAlignment, bytes);
+  if (!p) throw std::bad_alloc();
+  return Buffer<T>(static_cast<T*>(p));
+}
+template <class T>
+Buffer<T> allocate_filled(int64_t count, T value) {
+  Buffer<T> buffer = allocate<T>(count);
+  std::fill_n(buffer.get(), count, value);
+  return buffer;
+}
+
+// A thread's scratch: taken piece by piece within one task, kept for the next unless it is large.
+class Scratch {
+ public:
+  template <class T>
+  T* take(int slot, int64_t count) {
+    Piece& piece = pieces_[slot];
+    if (piece.bytes < count * sizeof(T)) {
+      piece.memory.reset();
+      piece.memory = allocate<char>(count * sizeof(T));
+      piece.bytes = count * sizeof(T);
+    }
+    return reinterpret_cast<T*>(piece.memory.get());
+  }
+  void release_large() {
+    for (Piece& piece : pieces_)
+      if (piece.bytes > kKept) piece = {};
+  }
+
+ private:
+  static constexpr size_t kKept = 1 << 20;
+  struct Piece {
+    Buffer<char> memory;
+    size_t bytes = 0;
+  };
+  Piece pieces_[8];
+};
+
+// Calls task(index, scratch) for every index, in any order, on all threads.
+template <class Task>
+void for_each_task(int64_t count, const Task& task) {
+  std::atomic<int64_t> next{0};
+  auto work = [&](int64_t, int64_t) {
+    static thread_local Scratch scratch;
+    for (int64_t index; (index = next.fetch_add(1)) < count;) task(index, scratch);
+    scratch.release_large();
+  };
+  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
+  if (threads <= 1)
+    work(0, 1);
+  else
+    torch::stable::parallel_for(0, threads, 1, work);
+}
+
+// Splits [0, count) into ranges of about `grain` and calls body(begin, end) for each.
+template <class Body>
+void for_each_range(int64_t count, int64_t grain, const Body& body) {
+  for_each_task((count + grain - 1) / grain, [&](int64_t index, Scratch&) {
+    body(index * grain, std::min(count, (index + 1) * grain));
+  });
+}
+
+}  // namespace fastcl

@@ -1,0 +1,129 @@
+// A statistics call on the CPU: both sides' rows, the pair rule, and how the work is divided.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+namespace fastcl {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+constexpr double kLog2E = 1.4426950408889634074;
+constexpr double kLn2 = 0.69314718055994530942;
+constexpr int64_t kMaxBlock = 256;  // lanes or rows of a tile
+constexpr int64_t kLaneUnit = 32;   // blocks are multiples of it: whole panels at every level
+
+// Rows of one side. Either of T and padded to whole vectors, or converted tile by tile as they are read.
+template <class T>
+struct Rows {
+  const void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t stride = 0;
+  int64_t count = 0;
+  int64_t width = 0;
+  bool direct = false;
+
+  const T* row(int64_t i) const { return static_cast<const T*>(data) + i * stride; }
+  const void* source(int64_t i) const {
+    static constexpr int64_t kSize[] = {8, 4, 2, 2};
+    return static_cast<const char*>(data) + i * stride * kSize[static_cast<int>(dtype)];
+  }
+
+  // `rows` rows from `first` as T; out_stride receives their stride.
+  const T* tile(int64_t first, int64_t rows, int slot, Scratch& scratch, int64_t* out_stride) const {
+    if (direct) {
+      *out_stride = stride;
+      return row(first);
+    }
+    const Kernels<T>& k = kernels<T>();
+    *out_stride = round_up(width, k.vector);
+    T* out = scratch.take<T>(slot, kMaxBlock * *out_stride);
+    k.load_rows(out, *out_stride, source(first), dtype, stride, rows, width, nullptr);
+    return out;
+  }
+};
+
+template <class T>
+struct Problem {
+  Rows<T> query, key;
+  T scale2;                // logits in log2 units per unit of similarity
+  const T* bias2;          // (M), log2 units, or null
+  Ids exclude, positive;   // row: key ids (M), lane: query ids (N); null without the rule
+  bool symmetric = false;  // key is query: tiles above the diagonal serve both sides
+};
+
+// Scratch slots of a task.
+enum Slot { kTileSlot, kPositiveSlot, kPackedSlot, kKeySlot, kSumSlot, kQuerySlot };
+
+// The tile grid and its division into tasks. It depends on shapes only: so does the order of every sum.
+// Blocks of queries are dealt to `query_parts` and blocks of keys to `key_parts`; a task is one of each.
+struct Plan {
+  int64_t block;
+  int64_t query_blocks, key_blocks;
+  int64_t query_parts, key_parts;
+
+  int64_t tasks() const { return query_parts * key_parts; }
+  int64_t query_part(int64_t task) const { return task % query_parts; }
+  int64_t key_part(int64_t task) const { return task / query_parts; }
+
+  // Calls body(block) for the query blocks of a part, dealt to and fro so that triangles balance.
+  template <class Body>
+  void for_query_blocks(int64_t part, const Body& body) const {
+    for (int64_t round = 0;; round++) {
+      const int64_t block = round * query_parts + (round % 2 ? query_parts - 1 - part : part);
+      if (round * query_parts >= query_blocks) return;
+      if (block < query_blocks) body(block);
+    }
+  }
+  int64_t key_begin(int64_t part) const { return part * key_blocks / key_parts; }
+  int64_t key_end(int64_t part) const { return key_begin(part + 1); }
+};
+
+// partial_bytes: what one more part of the longer side costs in memory per row of the shorter side.
+Plan make_plan(int64_t queries, int64_t keys, int64_t width, bool symmetric, int64_t partial_bytes);
+
+// Per-part results that are summed, or merged, when all parts are done.
+template <class T>
+struct Partials {
+  Buffer<T> memory;
+  int64_t parts = 0, rows = 0, width = 0;
+
+  T* part(int64_t p) const { return memory.get() + p * rows * width; }
+  T* row(int64_t p, int64_t i) const { return part(p) + i * width; }
+  explicit operator bool() const { return static_cast<bool>(memory); }
+};
+template <class T>
+Partials<T> make_partials(int64_t parts, int64_t rows, int64_t width) {
+  return {allocate<T>(parts * rows * width), parts, rows, width};
+}
+
+// State of a side: six arrays of `stride`.
+template <class T>
+struct State {
+  Buffer<T> memory;
+  int64_t stride = 0;
+
+  enum Field { kNegMax, kNegSum, kPosMax, kPosSum, kPosTotal, kPosCount, kFields };
+  T* field(int f) const { return memory.get() + f * stride; }
+  LogSum<T> negative(int64_t i) const { return {field(kNegMax) + i, field(kNegSum) + i}; }
+  LogSum<T> positive(int64_t i) const { return {field(kPosMax) + i, field(kPosSum) + i}; }
+};
+
+template <class T>
+State<T> make_state(int64_t count);
+// Adds `other` to `into`, entry by entry.
+template <class T>
+void merge_state(const State<T>& into, const State<T>& other, int64_t begin, int64_t end);
+
+// Natural log-sum-exp of a state entry; -inf when empty.
+template <class T>
+T log_sum_exp(T max, T sum) {
+  if (is_empty(max) && !std::isnan(sum)) return -INFINITY;
+  return static_cast<T>((max + std::log2(sum)) * static_cast<T>(kLn2));
+}
+
+}  // namespace fastcl

@@ -1,0 +1,193 @@
+#include "cpu/stats.h"
+
+namespace fastcl {
+
+namespace {
+
+// Walks the tiles of a task and makes their logits, with the pair rule applied.
+template <class T>
+class TileWalk {
+ public:
+  TileWalk(const Problem<T>& problem, const Plan& plan, int64_t task, Scratch& scratch)
+      : problem_(problem), plan_(plan), task_(task), scratch_(scratch) {
+    tile_.s = scratch.take<T>(kTileSlot, plan.block * plan.block);
+    tile_.stride = plan.block;
+    positive_ = tile_;
+    if (problem.positive.row) positive_.s = scratch.take<T>(kPositiveSlot, plan.block * plan.block);
+    packed_ = scratch.take<T>(kPackedSlot, plan.block * problem.query.width);
+    unused_ = scratch.take<T>(kSumSlot, 2 * plan.block);
+    std::fill_n(unused_, 2 * plan.block, T(0));
+  }
+
+  // body(tile, positive, query_begin, key_begin, key_rows, key_stride) for each tile; `lane` and `row`
+  // receive the positives' sums and counts where given.
+  template <class Body>
+  void run(const State<T>* lane, const State<T>* row, const Body& body) {
+    const int64_t part = plan_.key_part(task_);
+    plan_.for_query_blocks(plan_.query_part(task_), [&](int64_t block) {
+      const int64_t begin = block * plan_.block;
+      tile_.lanes = std::min(plan_.block, problem_.query.count - begin);
+      k_.pack_lanes(packed_, problem_.query.row(begin), problem_.query.stride, tile_.lanes,
+                    problem_.query.width, problem_.scale2);
+      const int64_t first = problem_.symmetric ? block : plan_.key_begin(part);
+      for (int64_t j = first; j < plan_.key_end(part); j++) {
+        const int64_t key_begin = j * plan_.block;
+        tile_.rows = std::min(plan_.block, problem_.key.count - key_begin);
+        int64_t key_stride;
+        const T* key = problem_.key.tile(key_begin, tile_.rows, kKeySlot, scratch_, &key_stride);
+        make_logits(key, key_stride, begin, key_begin, lane, problem_.symmetric && j == block ? nullptr : row);
+        body(tile_, positive_, begin, key_begin, key, key_stride);
+      }
+    });
+  }
+
+ private:
+  void make_logits(const T* key, int64_t key_stride, int64_t begin, int64_t key_begin, const State<T>* lane,
+                   const State<T>* row) {
+    const Problem<T>& p = problem_;
+    k_.logits(tile_, key, key_stride, packed_, p.query.width, p.bias2 ? p.bias2 + key_begin : nullptr);
+    if (p.exclude.row) k_.exclude(tile_, {p.exclude.row + key_begin, p.exclude.lane + begin});
+    if (!p.positive.row) return;
+    positive_.rows = tile_.rows;
+    positive_.lanes = tile_.lanes;
+    auto sums = [&](const State<T>* state, int field, int64_t offset) {
+      return state ? state->field(field) + offset : unused_ + (field == State<T>::kPosCount ? plan_.block : 0);
+    };
+    k_.split(tile_, positive_, {p.positive.row + key_begin, p.positive.lane + begin},
+             sums(lane, State<T>::kPosTotal, begin), sums(lane, State<T>::kPosCount, begin),
+             sums(row, State<T>::kPosTotal, key_begin), sums(row, State<T>::kPosCount, key_begin));
+  }
+
+  const Problem<T>& problem_;
+  const Plan& plan_;
+  const int64_t task_;
+  Scratch& scratch_;
+  const Kernels<T>& k_ = kernels<T>();
+  Tile<T> tile_, positive_;
+  T *packed_, *unused_;
+};
+
+template <class T>
+State<T> merge_parts(std::vector<State<T>> parts, int64_t count) {
+  if (parts.size() > 1) {
+    for_each_range(count, 4096, [&](int64_t begin, int64_t end) {
+      for (size_t p = 1; p < parts.size(); p++) merge_state(parts[0], parts[p], begin, end);
+    });
+  }
+  return std::move(parts[0]);
+}
+
+template <class T>
+void clear(const Partials<T>& partials, int64_t part, int64_t begin, int64_t end) {
+  if (partials) std::fill(partials.row(part, begin), partials.row(part, end), T(0));
+}
+
+}  // namespace
+
+template <class T>
+Statistics<T> statistics(const Problem<T>& problem, bool columns) {
+  const int64_t queries = problem.query.count, keys = problem.key.count;
+  const bool row_states = columns || problem.symmetric;
+  const Plan plan = make_plan(queries, keys, problem.query.width, problem.symmetric,
+                              row_states ? State<T>::kFields * sizeof(T) : 1);
+  std::vector<State<T>> lane_parts, row_parts;
+  for (int64_t p = 0; p < (problem.symmetric ? plan.query_parts : plan.key_parts); p++)
+    lane_parts.push_back(make_state<T>(queries));
+  for (int64_t p = 0; columns && p < plan.query_parts; p++) row_parts.push_back(make_state<T>(keys));
+
+  for_each_task(plan.tasks(), [&](int64_t task, Scratch& scratch) {
+    const Kernels<T>& k = kernels<T>();
+    const int64_t query_part = plan.query_part(task);
+    const State<T>& lane = lane_parts[problem.symmetric ? query_part : plan.key_part(task)];
+    const State<T>* row = problem.symmetric ? &lane : columns ? &row_parts[query_part] : nullptr;
+    TileWalk<T>(problem, plan, task, scratch)
+        .run(&lane, row, [&](Tile<T> tile, Tile<T> positive, int64_t begin, int64_t key_begin, const T*, int64_t) {
+          const bool both = columns || (problem.symmetric && begin != key_begin);
+          if (both)
+            k.both_log_sum(tile, lane.negative(begin), row->negative(key_begin));
+          else
+            k.lane_log_sum(tile, lane.negative(begin));
+          if (!problem.positive.row) return;
+          if (both)
+            k.both_log_sum(positive, lane.positive(begin), row->positive(key_begin));
+          else
+            k.lane_log_sum(positive, lane.positive(begin));
+        });
+  });
+  Statistics<T> result;
+  result.rows = merge_parts(std::move(lane_parts), queries);
+  if (columns) result.columns = merge_parts(std::move(row_parts), keys);
+  return result;
+}
+
+template <class T>
+SideWeights<T> make_side_weights(int64_t count) {
+  const int64_t stride = round_up(count, kLaneUnit);
+  SideWeights<T> weights{allocate_filled<T>(SideWeights<T>::kFields * stride, T(0)), stride};
+  for (int f : {SideWeights<T>::kNegMax, SideWeights<T>::kPosMax})
+    std::fill_n(weights.field(f), stride, excluded_logit<T>);
+  return weights;
+}
+
+template <class T>
+PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, const SideWeights<T>& columns,
+                      Wanted wanted) {
+  const int64_t queries = problem.query.count, keys = problem.key.count;
+  const int64_t width = round_up(problem.query.width, kernels<T>().vector);
+  const bool symmetric = problem.symmetric;
+  const Plan plan = make_plan(queries, keys, width, symmetric, width * sizeof(T));
+  PairSums<T> sums;
+  if (wanted.query) sums.query = make_partials<T>(symmetric ? plan.query_parts : plan.key_parts, queries, width);
+  if (wanted.key) sums.key = make_partials<T>(plan.query_parts, keys, width);
+  if (wanted.bias) sums.bias = make_partials<T>(plan.query_parts, keys, 1);
+
+  for_each_task(plan.tasks(), [&](int64_t task, Scratch& scratch) {
+    const Kernels<T>& k = kernels<T>();
+    const int64_t query_part = plan.query_part(task), key_part = plan.key_part(task);
+    const int64_t first = plan.key_begin(key_part) * plan.block;
+    const int64_t last = std::min(keys, plan.key_end(key_part) * plan.block);
+    clear(sums.key, query_part, first, last);
+    clear(sums.bias, query_part, first, last);
+    if (symmetric) {
+      clear(sums.query, query_part, 0, queries);
+    } else {
+      plan.for_query_blocks(query_part, [&](int64_t block) {
+        clear(sums.query, key_part, block * plan.block, std::min(queries, (block + 1) * plan.block));
+      });
+    }
+    const Partials<T>& row_out = symmetric ? sums.query : sums.key;
+    const SideWeights<T>& row_weights = symmetric ? rows : columns;
+    TileWalk<T>(problem, plan, task, scratch)
+        .run(nullptr, nullptr,
+             [&](Tile<T> tile, Tile<T> positive, int64_t begin, int64_t key_begin, const T* key, int64_t key_stride) {
+               if (problem.positive.row) {
+                 const auto lane_pair = rows.pair(begin);
+                 const auto row_pair = row_weights ? row_weights.pair(key_begin) : lane_pair;
+                 k.pair_weights(tile, positive, &lane_pair, row_weights ? &row_pair : nullptr);
+               } else if (row_weights) {
+                 k.both_weights(tile, rows.negative(begin), row_weights.negative(key_begin));
+               } else {
+                 k.lane_weights(tile, rows.negative(begin));
+               }
+               if (sums.query)
+                 k.add_to_lanes(tile, key, key_stride, sums.query.row(symmetric ? query_part : key_part, begin), width,
+                                width);
+               if (symmetric ? begin != key_begin : static_cast<bool>(sums.key))
+                 k.add_to_rows(tile, problem.query.row(begin), problem.query.stride,
+                               row_out.row(query_part, key_begin), width, width);
+               if (sums.bias)
+                 for (int64_t r = 0; r < tile.rows; r++)
+                   for (int64_t i = 0; i < tile.lanes; i++) *sums.bias.row(query_part, key_begin + r) += tile.row(r)[i];
+             });
+  });
+  return sums;
+}
+
+#define FASTCL_INSTANTIATE(T)                                                                         \
+  template Statistics<T> statistics<T>(const Problem<T>&, bool);                                      \
+  template SideWeights<T> make_side_weights<T>(int64_t);                                              \
+  template PairSums<T> pair_sums<T>(const Problem<T>&, const SideWeights<T>&, const SideWeights<T>&, Wanted);
+FASTCL_INSTANTIATE(float)
+FASTCL_INSTANTIATE(double)
+
+}  // namespace fastcl

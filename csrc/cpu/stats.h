@@ -1,0 +1,56 @@
+// Statistics of all rows (and columns) of a similarity matrix, and their gradient.
+#pragma once
+
+#include "cpu/problem.h"
+
+namespace fastcl {
+
+template <class T>
+struct Statistics {
+  State<T> rows;     // per query; for a symmetric problem both roles
+  State<T> columns;  // per key, where asked for
+};
+
+template <class T>
+Statistics<T> statistics(const Problem<T>& problem, bool columns);
+
+// Weights of a side's pairs in the backward pass: arrays over all its rows, whole vectors long.
+template <class T>
+struct SideWeights {
+  Buffer<T> memory;
+  int64_t stride = 0;
+
+  enum Field { kNegMax, kNegFactor, kPosMax, kPosFactor, kConstant, kFields };
+  T* field(int f) const { return memory.get() + f * stride; }
+  Weight<T> negative(int64_t i) const { return {field(kNegMax) + i, field(kNegFactor) + i}; }
+  typename Kernels<T>::PairWeight pair(int64_t i) const {
+    return {negative(i), {field(kPosMax) + i, field(kPosFactor) + i}, field(kConstant) + i};
+  }
+  explicit operator bool() const { return static_cast<bool>(memory); }
+};
+template <class T>
+SideWeights<T> make_side_weights(int64_t count);
+
+// Factor of a weight: gradient over sum, 0 for an empty set, NaN where the sum is.
+template <class T>
+T weight_factor(T gradient, T max, T sum) {
+  return is_empty(max) && !std::isnan(sum) ? T(0) : gradient / sum;
+}
+
+// sum_j dl_ij y_j per query, sum_i dl_ij x_i per key, sum_i dl_ij per key; each in parts to be added.
+// For a symmetric problem `query` holds both roles.
+template <class T>
+struct PairSums {
+  Partials<T> query, key, bias;
+};
+
+struct Wanted {
+  bool query, key, bias;
+};
+
+// `columns` is empty without column statistics.
+template <class T>
+PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, const SideWeights<T>& columns,
+                      Wanted wanted);
+
+}  // namespace fastcl

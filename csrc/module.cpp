@@ -1,0 +1,257 @@
+// The extension's ops, in torch's stable ABI. They allocate nothing on their own: Python hands them
+// inputs whose last dimension is contiguous, and the outputs.
+#include <optional>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "cpu/attend.h"
+#include "cpu/one_positive.h"
+#include "cpu/stats.h"
+#include "cpu/topk.h"
+
+namespace fastcl {
+namespace {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+DType dtype_of(const Tensor& x) {
+  using torch::headeronly::ScalarType;
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      return DType::float64;
+    case ScalarType::Half:
+      return DType::float16;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    default:
+      return DType::float32;
+  }
+}
+bool is_double(const Tensor& x) { return dtype_of(x) == DType::float64; }
+
+const int64_t* ids_of(const OptionalTensor& ids) {
+  return ids ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr;
+}
+template <class T>
+T* out_of(const Tensor& x) {
+  return x.numel() ? static_cast<T*>(x.mutable_data_ptr()) : nullptr;
+}
+Input input_of(const Tensor& x) {
+  return {x.const_data_ptr(), dtype_of(x), x.stride(0), x.size(0), x.size(1)};
+}
+
+// Rows of T; padded copies where they are not readable to a whole number of vectors.
+template <class T>
+Rows<T> rows_of(const Tensor& x, Buffer<T>& padded) {
+  const Kernels<T>& k = kernels<T>();
+  const int64_t count = x.size(0), width = x.size(1);
+  if (width % k.vector == 0) return {x.const_data_ptr(), dtype_of(x), x.stride(0), count, width, true};
+  const int64_t stride = round_up(width, k.vector);
+  padded = allocate<T>(count * stride);
+  k.load_rows(padded.get(), stride, x.const_data_ptr(), dtype_of(x), x.stride(0), count, width, nullptr);
+  return {padded.get(), dtype_of(x), stride, count, width, true};
+}
+
+template <class T>
+struct OwnedProblem {
+  Buffer<T> query, key;
+  Problem<T> problem;
+
+  OwnedProblem(const Tensor& x, const Tensor& y, double scale, const OptionalTensor& bias2,
+               const OptionalTensor& exclude_query, const OptionalTensor& exclude_key,
+               const OptionalTensor& positive_query, const OptionalTensor& positive_key, bool symmetric) {
+    problem.query = rows_of<T>(x, query);
+    problem.key = symmetric ? problem.query : rows_of<T>(y, key);
+    problem.scale2 = static_cast<T>(scale * kLog2E);
+    problem.bias2 = bias2 ? static_cast<const T*>(bias2->const_data_ptr()) : nullptr;
+    problem.exclude = {ids_of(exclude_key), ids_of(exclude_query)};
+    problem.positive = {ids_of(positive_key), ids_of(positive_query)};
+    problem.symmetric = symmetric;
+  }
+};
+
+// (5, N) statistics and (4, N) state of one side.
+template <class T>
+void write_state(const State<T>& state, int64_t count, const Tensor& statistics, const Tensor& saved) {
+  T *out = out_of<T>(statistics), *kept = out_of<T>(saved);
+  using S = State<T>;
+  for_each_range(count, 1024, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const LogSum<T> entries[] = {state.negative(i), state.positive(i)};
+      for (int side = 0; side < 2; side++) {
+        const T max = *entries[side].max, sum = *entries[side].sum;
+        const bool empty = is_empty(max) && !std::isnan(sum);
+        out[side * count + i] = log_sum_exp(max, sum);
+        kept[2 * side * count + i] = empty ? -INFINITY : max;
+        kept[(2 * side + 1) * count + i] = empty ? T(0) : sum;
+      }
+      out[2 * count + i] = state.field(S::kPosTotal)[i] * static_cast<T>(kLn2);
+      out[3 * count + i] = state.field(S::kPosCount)[i];
+      const T max = *entries[0].max, sum = *entries[0].sum;
+      out[4 * count + i] = std::isnan(sum) ? sum : is_empty(max) ? -INFINITY : max * static_cast<T>(kLn2);
+    }
+  });
+}
+
+template <class T>
+void run_stats_forward(const OwnedProblem<T>& owned, bool columns, const Tensor& rows, const Tensor& row_state,
+                       const Tensor& column_stats, const Tensor& column_state, const Tensor& weighted) {
+  const Problem<T>& problem = owned.problem;
+  const int64_t queries = problem.query.count;
+  if (T* out = out_of<T>(weighted)) {
+    const Attended<T> attended = attend(problem);
+    write_state(attended.rows, queries, rows, row_state);
+    for_each_range(queries, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const LogSum<T> entry = attended.rows.negative(i);
+        const T factor = weight_factor(T(1), *entry.max, *entry.sum);
+        for (int64_t d = 0; d < problem.query.width; d++)
+          out[i * problem.query.width + d] = attended.query.row(0, i)[d] * factor;
+      }
+    });
+    return;
+  }
+  const Statistics<T> stats = statistics(problem, columns);
+  write_state(stats.rows, queries, rows, row_state);
+  if (columns) write_state(stats.columns, problem.key.count, column_stats, column_state);
+}
+
+void stats_forward(Tensor x, Tensor y, double scale, OptionalTensor bias2, OptionalTensor exclude_query,
+                   OptionalTensor exclude_key, OptionalTensor positive_query, OptionalTensor positive_key,
+                   bool symmetric, bool columns, Tensor rows, Tensor row_state, Tensor column_stats,
+                   Tensor column_state, Tensor weighted) {
+  auto run = [&](auto zero) {
+    const OwnedProblem<decltype(zero)> owned(x, y, scale, bias2, exclude_query, exclude_key, positive_query,
+                                             positive_key, symmetric);
+    run_stats_forward(owned, columns, rows, row_state, column_stats, column_state, weighted);
+  };
+  is_double(x) ? run(0.0) : run(0.0f);
+}
+
+// grad is (5, N), state (4, N).
+template <class T>
+SideWeights<T> side_weights(const Tensor& grad, const Tensor& state) {
+  using W = SideWeights<T>;
+  const int64_t count = grad.size(1);
+  W weights = make_side_weights<T>(count);
+  const T *g = static_cast<const T*>(grad.const_data_ptr()), *s = static_cast<const T*>(state.const_data_ptr());
+  for (int64_t i = 0; i < count; i++) {
+    for (int side = 0; side < 2; side++) {
+      const T max = s[2 * side * count + i], sum = s[(2 * side + 1) * count + i];
+      if (max > excluded_logit<T> / 2) weights.field(2 * side)[i] = max;
+      weights.field(2 * side + 1)[i] = weight_factor(g[side * count + i], max, sum);
+    }
+    weights.field(W::kConstant)[i] = g[2 * count + i];
+  }
+  return weights;
+}
+
+template <class T>
+void write_sums(const Partials<T>& sums, const Tensor& to) {
+  T* out = out_of<T>(to);
+  if (!out || !sums) return;
+  const int64_t width = to.dim() == 1 ? 1 : to.size(1);
+  for_each_range(sums.rows, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      for (int64_t d = 0; d < width; d++) {
+        T total = 0;
+        for (int64_t p = 0; p < sums.parts; p++) total += sums.row(p, i)[d];
+        out[i * width + d] = total;
+      }
+    }
+  });
+}
+
+void stats_backward(Tensor x, Tensor y, double scale, OptionalTensor bias2, OptionalTensor exclude_query,
+                    OptionalTensor exclude_key, OptionalTensor positive_query, OptionalTensor positive_key,
+                    bool symmetric, bool columns, Tensor grad_rows, Tensor row_state, Tensor grad_columns,
+                    Tensor column_state, Tensor query_sums, Tensor key_sums, Tensor bias_sums) {
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const OwnedProblem<T> owned(x, y, scale, bias2, exclude_query, exclude_key, positive_query, positive_key,
+                                symmetric);
+    const SideWeights<T> rows = side_weights<T>(grad_rows, row_state);
+    const SideWeights<T> column_weights =
+        columns ? side_weights<T>(grad_columns, column_state) : SideWeights<T>{};
+    const PairSums<T> sums = pair_sums(owned.problem, rows, column_weights,
+                                       {query_sums.numel() > 0, key_sums.numel() > 0, bias_sums.numel() > 0});
+    write_sums(sums.query, query_sums);
+    write_sums(sums.key, key_sums);
+    write_sums(sums.bias, bias_sums);
+  };
+  is_double(x) ? run(0.0) : run(0.0f);
+}
+
+void one_positive_op(Tensor query, Tensor positive, OptionalTensor negatives, Tensor scale,
+                     OptionalTensor query_ids, OptionalTensor negative_ids, int64_t layout, bool normalize,
+                     bool normalize_negatives, bool mean, Tensor loss, Tensor grad_query, Tensor grad_positive,
+                     Tensor grad_negatives, Tensor grad_scale) {
+  const OnePositive args{input_of(query),
+                         input_of(positive),
+                         negatives ? input_of(*negatives) : Input{},
+                         *static_cast<const double*>(scale.const_data_ptr()),
+                         ids_of(query_ids),
+                         ids_of(negative_ids),
+                         static_cast<Layout>(layout),
+                         normalize,
+                         normalize_negatives,
+                         mean};
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    one_positive<T>(args, {out_of<T>(loss), out_of<T>(grad_query), out_of<T>(grad_positive),
+                           out_of<T>(grad_negatives), out_of<double>(grad_scale)});
+  };
+  is_double(query) ? run(0.0) : run(0.0f);
+}
+
+void topk_op(Tensor query, Tensor key, OptionalTensor exclude_query, OptionalTensor exclude_key, Tensor values,
+             Tensor indices) {
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const OwnedProblem<T> owned(query, key, 1.0, {}, exclude_query, exclude_key, {}, {}, false);
+    topk<T>(owned.problem, values.size(1), out_of<T>(values), out_of<int64_t>(indices));
+  };
+  is_double(query) ? run(0.0) : run(0.0f);
+}
+
+std::tuple<int64_t, int64_t> isa_levels() {
+  return {static_cast<int64_t>(best_isa()), static_cast<int64_t>(current_isa())};
+}
+void force_isa_op(int64_t level) { force_isa(static_cast<Isa>(level)); }
+
+}  // namespace
+}  // namespace fastcl
+
+STABLE_TORCH_LIBRARY(fastcl_native, m) {
+  m.def(
+      "stats_forward(Tensor x, Tensor y, float scale, Tensor? bias2, Tensor? exclude_query, Tensor? exclude_key, "
+      "Tensor? positive_query, Tensor? positive_key, bool symmetric, bool columns, Tensor(a!) rows, "
+      "Tensor(b!) row_state, Tensor(c!) columns_out, Tensor(d!) column_state, Tensor(e!) weighted) -> ()");
+  m.def(
+      "stats_backward(Tensor x, Tensor y, float scale, Tensor? bias2, Tensor? exclude_query, Tensor? exclude_key, "
+      "Tensor? positive_query, Tensor? positive_key, bool symmetric, bool columns, Tensor grad_rows, "
+      "Tensor row_state, Tensor grad_columns, Tensor column_state, Tensor(a!) query_sums, Tensor(b!) key_sums, "
+      "Tensor(c!) bias_sums) -> ()");
+  m.def(
+      "one_positive(Tensor query, Tensor positive, Tensor? negatives, Tensor scale, Tensor? query_ids, "
+      "Tensor? negative_ids, int layout, bool normalize, bool normalize_negatives, bool mean, Tensor(a!) loss, "
+      "Tensor(b!) grad_query, Tensor(c!) grad_positive, Tensor(d!) grad_negatives, Tensor(e!) grad_scale) -> ()");
+  m.def(
+      "topk(Tensor query, Tensor key, Tensor? exclude_query, Tensor? exclude_key, Tensor(a!) values, "
+      "Tensor(b!) indices) -> ()");
+  m.def("isa_levels() -> (int, int)");
+  m.def("force_isa(int level) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CPU, m) {
+  m.impl("stats_forward", TORCH_BOX(&fastcl::stats_forward));
+  m.impl("stats_backward", TORCH_BOX(&fastcl::stats_backward));
+  m.impl("one_positive", TORCH_BOX(&fastcl::one_positive_op));
+  m.impl("topk", TORCH_BOX(&fastcl::topk_op));
+}
+STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CompositeExplicitAutograd, m) {
+  m.impl("isa_levels", TORCH_BOX(&fastcl::isa_levels));
+  m.impl("force_isa", TORCH_BOX(&fastcl::force_isa_op));
+}

@@ -53,7 +53,6 @@ class Build(build_ext):
             macros=[("FASTCL_ISA", level)],
             include_dirs=["csrc"],
             extra_postargs=[*CXX_FLAGS, *ISA_FLAGS[level]],
-            depends=[str(path) for path in Path("csrc").rglob("*.h")],
         )
 
     def get_ext_filename(self, fullname):
@@ -72,6 +71,7 @@ def extensions():
             "fastcl._native",
             ["csrc/module.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp") if p.name != "kernels.cpp")],
             include_dirs=["csrc"],
+            depends=[str(path) for path in Path("csrc").rglob("*.*")],
             define_macros=STABLE_ABI,
             extra_compile_args=CXX_FLAGS,
             libraries=["torch_cpu", "torch", "c10"],

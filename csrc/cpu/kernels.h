@@ -44,8 +44,8 @@ struct Tile {
 
 // Positive pairs of a tile, told by their ids.
 struct Ids {
-  const int64_t* row;
-  const int64_t* lane;
+  const int64_t* row = nullptr;
+  const int64_t* lane = nullptr;
 };
 
 template <class T>

@@ -79,17 +79,18 @@ inline Vec<double> exp2(Vec<double> x) {
   const double round = 0x1.8p52;
   Vec<double> shifted = x + round;
   Vec<double> f = x - (shifted - round);
-  // minimax polynomial, relative error 3e-18
-  Vec<double> p = 4.455817908336064493e-10 * f + 7.0741942972885210056e-9;
-  p = p * f + 1.0178057087733941105e-7;
-  p = p * f + 1.3215432535912376166e-6;
-  p = p * f + 1.5252733841556772589e-5;
-  p = p * f + 1.5403530463724354209e-4;
-  p = p * f + 1.3333558146406470697e-3;
-  p = p * f + 9.6181290875072566681e-3;
-  p = p * f + 5.5504108664821627039e-2;
-  p = p * f + 2.4022650695910159567e-1;
-  p = p * f + 6.9314718055994530925e-1;
+  // minimax polynomial, relative error below 1e-17
+  Vec<double> p = 2.5733568308756891235e-11 * f + 4.4566753410492058782e-10;
+  p = p * f + 7.0548943863483480445e-9;
+  p = p * f + 1.017805119296064896e-7;
+  p = p * f + 1.3215486815999976975e-6;
+  p = p * f + 0.000015252733856293466416;
+  p = p * f + 0.00015403530393362755291;
+  p = p * f + 0.0013333558146390352775;
+  p = p * f + 0.0096181291076284830543;
+  p = p * f + 0.055504108664821698992;
+  p = p * f + 0.24022650695910071228;
+  p = p * f + 0.69314718055994530835;
   p = p * f + 1.0;
   Int exponent = (reinterpret_cast<Int>(shifted) << 52) + 0x3ff0000000000000;
   return x < -1022.0 ? Vec<double>{} : p * reinterpret_cast<Vec<double>>(exponent);

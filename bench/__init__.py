@@ -1,0 +1,1 @@
+"""Benchmarks: fastcl against plain PyTorch, torch.compile and the packages on PyPI."""

@@ -1,0 +1,212 @@
+"""What is measured, as data: a new case is a row in CASES, a new loss a row in LOSSES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import fastcl
+from bench import baselines
+from bench.baselines import LossFunction
+
+FASTCL = "fastcl"
+PLAIN = "plain"  # plain PyTorch
+COMPILE = "compile"  # plain PyTorch under torch.compile
+PYPI = "pypi"  # a package from PyPI
+SIDES = (PLAIN, COMPILE, PYPI, FASTCL)
+
+Arguments = tuple[Tensor, ...]
+Step = Callable[[], Arguments]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One loss at one size. The first dimension of the inputs is ``rows``, the last ``dim``."""
+
+    loss: str
+    rows: int
+    dim: int
+    keys: int = 0  # explicit negatives
+    classes: int = 0
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    sides: tuple[str, ...] = (PLAIN, COMPILE, FASTCL)
+
+    @property
+    def name(self) -> str:
+        parts = [self.loss, f"{self.rows}x{self.dim}"]
+        if self.keys:
+            parts.append(f"{self.keys}keys")
+        if self.dtype != torch.float32:
+            parts.append(str(self.dtype).removeprefix("torch."))
+        if self.device != "cpu":
+            parts.append(self.device)
+        return "-".join(parts)
+
+    @property
+    def pairs(self) -> int:
+        """Entries of the similarity matrix."""
+        rows = LOSSES[self.loss].views * self.rows
+        return rows * (self.keys or rows)
+
+    def arguments(self) -> Arguments:
+        """The inputs, the same on every call; those whose gradient is wanted require it."""
+        return LOSSES[self.loss].arguments(self)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss under test, what it is compared with, and inputs that all of them take."""
+
+    fastcl: LossFunction
+    plain: LossFunction
+    arguments: Callable[[Case], Arguments]
+    views: int = 1  # rows of the similarity matrix per row of the inputs
+    options: dict[str, float] = field(default_factory=dict)
+    pypi: LossFunction | None = None
+    package: str | None = None  # where ``pypi`` comes from
+
+    def function(self, side: str) -> LossFunction:
+        """The function of one side, a fresh one if it is compiled."""
+        if side == COMPILE:
+            return baselines.compiled(self.plain)
+        function = {FASTCL: self.fastcl, PLAIN: self.plain, PYPI: self.pypi}[side]
+        if function is None:
+            raise ValueError("no package on PyPI is known for this loss")
+        return function
+
+
+def step(case: Case, side: str) -> Step:
+    """One forward and backward of ``side``: a function that returns the loss and the gradients."""
+    return step_of(case, LOSSES[case.loss].function(side), case.arguments())
+
+
+def step_of(case: Case, function: LossFunction, arguments: Arguments) -> Step:
+    """As :func:`step`, for any function and inputs; the time on a GPU includes waiting for it."""
+    options = LOSSES[case.loss].options
+    wanted = [x for x in arguments if x.requires_grad]
+
+    def run() -> Arguments:
+        loss = function(*arguments, **options)
+        gradients = torch.autograd.grad(loss, wanted)
+        if case.device != "cpu":
+            torch.accelerator.synchronize()
+        return loss.detach(), *gradients
+
+    return run
+
+
+def _views(case: Case) -> Arguments:
+    first = torch.randn(case.rows, case.dim, generator=_generator())
+    second = first + 0.7 * torch.randn(case.rows, case.dim, generator=_generator(1))
+    return _leaf(case, first), _leaf(case, second)
+
+
+def _learned_negatives(case: Case) -> Arguments:
+    negatives = torch.randn(case.keys, case.dim, generator=_generator(2))
+    return *_views(case), _leaf(case, negatives)
+
+
+def _frozen_queue(case: Case) -> Arguments:
+    query, positive_key = _views(case)
+    queue = torch.randn(case.keys, case.dim, generator=_generator(2))
+    unit_queue = torch.nn.functional.normalize(queue, dim=1).to(case.device, case.dtype)
+    return query, positive_key.detach(), unit_queue
+
+
+def _pairs_and_scale(case: Case) -> Arguments:
+    return *_views(case), torch.tensor(1 / 0.07, device=case.device, dtype=case.dtype).requires_grad_()
+
+
+def _classes(case: Case) -> Arguments:
+    first, second = _views(case)
+    features = torch.stack([first, second], dim=1).detach().requires_grad_()
+    labels = torch.randint(case.classes, (case.rows,), generator=_generator(3))
+    return features, labels.to(case.device)
+
+
+def _leaf(case: Case, values: Tensor) -> Tensor:
+    return values.to(case.device, case.dtype).requires_grad_()
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+_INFO_NCE_PACKAGE = "info-nce-pytorch"
+_METRIC_LEARNING = "pytorch-metric-learning"
+
+LOSSES = {
+    "nt_xent": Loss(
+        fastcl.nt_xent,
+        baselines.nt_xent,
+        _views,
+        views=2,
+        options={"temperature": 0.5},
+        pypi=baselines.pypi_nt_xent,
+        package=_METRIC_LEARNING,
+    ),
+    "info_nce": Loss(
+        fastcl.info_nce,
+        baselines.info_nce,
+        _views,
+        options={"temperature": 0.1},
+        pypi=baselines.pypi_info_nce,
+        package=_INFO_NCE_PACKAGE,
+    ),
+    "info_nce_negatives": Loss(
+        fastcl.info_nce,
+        baselines.info_nce_negatives,
+        _learned_negatives,
+        options={"temperature": 0.1},
+        pypi=baselines.pypi_info_nce,
+        package=_INFO_NCE_PACKAGE,
+    ),
+    "info_nce_queue": Loss(
+        fastcl.info_nce,
+        baselines.info_nce_queue,
+        _frozen_queue,
+        options={"temperature": 0.07},
+        pypi=baselines.pypi_info_nce,
+        package=_INFO_NCE_PACKAGE,
+    ),
+    "clip_loss": Loss(fastcl.clip_loss, baselines.clip_loss, _pairs_and_scale),
+    "sup_con": Loss(
+        fastcl.sup_con,
+        baselines.sup_con,
+        _classes,
+        views=2,
+        options={"temperature": 0.07},
+        pypi=baselines.pypi_sup_con,
+        package=_METRIC_LEARNING,
+    ),
+}
+
+_BFLOAT16 = torch.bfloat16
+
+_GRID = (
+    Case("nt_xent", 32, 128, sides=SIDES),
+    Case("nt_xent", 256, 128, sides=SIDES),
+    Case("nt_xent", 1024, 128),
+    Case("nt_xent", 2048, 128),
+    Case("nt_xent", 4096, 128),
+    Case("nt_xent", 8192, 128, sides=(FASTCL,)),
+    Case("nt_xent", 16384, 128, sides=(FASTCL,)),
+    Case("nt_xent", 32768, 128, sides=(FASTCL,)),
+    Case("nt_xent", 1024, 512),
+    Case("nt_xent", 1024, 128, dtype=_BFLOAT16),
+    Case("nt_xent", 4096, 128, dtype=_BFLOAT16),
+    Case("info_nce", 1024, 128, sides=SIDES),
+    Case("info_nce", 4096, 128, sides=SIDES),
+    Case("info_nce", 4096, 128, dtype=_BFLOAT16),
+    Case("info_nce_negatives", 1024, 128, keys=4096, sides=SIDES),
+    Case("info_nce_queue", 256, 128, keys=65_536, sides=SIDES),
+    Case("clip_loss", 1024, 512),
+    Case("clip_loss", 1024, 512, dtype=_BFLOAT16),
+    Case("sup_con", 512, 128, classes=100, sides=SIDES),
+)
+
+CASES = {case.name: case for case in _GRID}

@@ -1,0 +1,36 @@
+"""What the figures were measured with: device and versions, nothing that names the machine."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from bench.cases import LOSSES
+from fastcl import native
+
+
+def describe() -> dict[str, object]:
+    """Device, threads and versions, for the JSON."""
+    packages = sorted({loss.package for loss in LOSSES.values() if loss.package})
+    return {
+        "cpu": cpu_model(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "kernels": native.describe(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("fastcl", "torch", *packages)},
+        },
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name as the kernel gives it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()

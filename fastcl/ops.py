@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_autograd, register_fake
+from torch.library import Library, register_fake
 
 from fastcl import chunked, cpu, reference
 from fastcl.numerics import compute_dtype
@@ -248,5 +248,33 @@ def _one_positive_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Ten
     )
 
 
-register_autograd("fastcl::stats_forward", _stats_gradient, setup_context=_save_stats)
-register_autograd("fastcl::one_positive", _one_positive_gradient, setup_context=_save_one_positive)
+def _register_autograd(name: str, save: Callable[..., None], gradient: Callable[..., Any]) -> None:
+    """As torch.library.register_autograd, at a third of its cost per call: it matters for small batches."""
+    op = getattr(torch.ops.fastcl, name).default
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+            with torch._C._AutoDispatchBelowAutograd():
+                outputs: tuple[Tensor, ...] = op(*args)
+            save(ctx, args, outputs)
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            return gradient(ctx, *grads)
+
+    def kernel(*args: Any) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...]
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            outputs = Function.apply(*args)  # type: ignore[no-untyped-call]
+            return outputs
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = op(*args)
+            return outputs
+
+    _library.impl(name, kernel, "Autograd")
+
+
+_register_autograd("stats_forward", _save_stats, _stats_gradient)
+_register_autograd("one_positive", _save_one_positive, _one_positive_gradient)

@@ -1,4 +1,4 @@
-"""The losses as their papers state them, row by row, in float64. No rules, no statistics, no code of fastcl."""
+"""The losses as their papers state them, row by row: no rules, no statistics, no code of fastcl."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Every loss three times: fastcl's, the paper's formula in float64, plain PyTorch; and one way to compare them."""
+"""Every loss three times: fastcl's, the paper's formula, plain PyTorch; and how they are compared."""
 
 from functools import partial
 from typing import NamedTuple

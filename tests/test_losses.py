@@ -85,8 +85,17 @@ def test_mask_of_any_dtype_is_read_as_zeros_and_ones(dtype):
 
 @pytest.mark.parametrize(
     ("name", "rows"),
-    [("info_nce", 5), ("info_nce-negatives", 5), ("info_nce-paired", 5), ("nt_xent", 10), ("clip_loss", 5)]
-    + [("sup_con", 10), ("sup_con-in", 10), ("sup_con-one", 5), ("sup_con-simclr", 10), ("sup_con-2d", 5)],
+    {
+        "info_nce": 5,
+        "info_nce-negatives": 5,
+        "info_nce-paired": 5,
+        "nt_xent": 10,
+        "clip_loss": 5,
+        "sup_con": 10,
+        "sup_con-in": 10,
+        "sup_con-one": 5,
+        "sup_con-2d": 5,
+    }.items(),
 )
 def test_reduction_none_gives_one_loss_per_row_in_order(name, rows, backend):
     loss = LOSSES[name]

@@ -1,0 +1,245 @@
+"""The ops as torch sees them: registration, compilation, derivatives, autocast."""
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from loss_table import LOSSES
+from torch.library import opcheck
+
+import fastcl
+from fastcl import testing
+from fastcl.one_positive import BATCH, NEGATIVES, PAIRS, VIEWS, OnePositive
+from fastcl.problem import Problem
+
+OPS = torch.ops.fastcl
+STREAMING = [name for name in testing.backends() if name != "reference"]
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+streaming = pytest.mark.parametrize("name", STREAMING)
+
+PROBLEMS = {
+    "plain": {},
+    "normalized": {"normalize": True},
+    "columns": {"columns": True},
+    "labels": {"labels": True},
+    "labels and columns": {"labels": True, "columns": True, "normalize": True},
+    "bias and scale": {"extras": True, "columns": True},
+    "symmetric": {"symmetric": True, "normalize": True},
+    "symmetric labels": {"symmetric": True, "labels": True},
+    "strided": {"strided": True},
+    "bfloat16": {"dtype": torch.bfloat16, "normalize": True},
+    "empty": {"shape": (0, 5, 3)},
+}
+
+
+def problem(
+    shape=(6, 7, 5),
+    dtype=torch.float32,
+    normalize=False,
+    columns=False,
+    labels=False,
+    extras=False,
+    symmetric=False,
+    strided=False,
+):
+    case = testing.make_case("random", shape)
+    query, key = (x.to(dtype).requires_grad_() for x in (case.query, case.key))
+    if strided:
+        query = query.detach().T.contiguous().T.requires_grad_()
+    (query_labels, key_labels), (query_ids, key_ids) = case.labels, case.ids
+    if symmetric:
+        key, key_labels, key_ids = query, query_labels, query_ids
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    extra = [torch.rand(len(key), dtype=dtype, requires_grad=True) if extras else None for _ in range(2)]
+    positive = (query_labels, key_labels) if labels else (None, None)
+    return Problem(
+        query, key, scale, *extra, *positive, None, query_ids, key_ids, normalize, columns, symmetric
+    )
+
+
+@streaming
+@pytest.mark.parametrize("options", PROBLEMS.values(), ids=PROBLEMS.keys())
+def test_stats_ops(options, name):
+    arguments = problem(**options)
+    opcheck(OPS.stats_forward.default, (*arguments, False, name))
+    if not options.get("labels") and not options.get("columns") and not options.get("symmetric"):
+        opcheck(OPS.stats_forward.default, (*arguments, True, name), test_utils="test_faketensor")
+    rows, row_state, columns, column_state, _ = OPS.stats_forward(*arguments, False, name)
+    states = [
+        x.detach() for x in (torch.randn_like(rows), torch.randn_like(columns), row_state, column_state)
+    ]
+    plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+    if arguments.symmetric:
+        plain[1] = plain[0]
+    present = [x is not None for x in arguments[:5]]
+    for needs in (present, [True, False, False, False, False], [False, True, False, False, False]):
+        opcheck(OPS.stats_backward.default, (*plain, *states, needs, name))
+
+
+LAYOUTS = {VIEWS: False, BATCH: False, PAIRS: False, NEGATIVES: True}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_whole_loss_op(layout, dtype):
+    case = testing.make_case("random", (6, 7, 5))
+    inputs = [x.to(dtype).requires_grad_() for x in (case.query, case.positive, case.key)]
+    with_negatives = LAYOUTS[layout]
+    ids = case.ids if with_negatives else (None, None)
+    negatives = inputs[2] if with_negatives else None
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    for reduction in ("mean", "sum"):
+        arguments = OnePositive(*inputs[:2], negatives, scale, *ids, layout, True, True, reduction)
+        needs = [True, True, with_negatives, True]
+        opcheck(OPS.one_positive.default, (*arguments, needs, "cpu"))
+
+
+@pytest.mark.parametrize("name", testing.backends())
+@pytest.mark.parametrize("excluded", [False, True])
+def test_topk_op(name, excluded):
+    case = testing.make_case("random", (6, 40, 5))
+    ids = case.ids if excluded else (None, None)
+    opcheck(OPS.topk.default, (case.query.float(), case.key.float(), 4, *ids, True, name))
+
+
+@every_loss
+def test_compiles_as_one_graph(loss, backend):
+    inputs = [x.float() for x in loss.inputs(testing.make_case("random", (6, 7, 5)))]
+    for factor in (loss.factor(0.1), torch.tensor(loss.factor(0.1))):
+        torch._dynamo.reset()
+        for reduction in ("mean", "none"):
+            eager = partial(loss.product, reduction=reduction)
+            compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
+            got, exact = (
+                testing.value_and_grads(lambda *x, f=f, factor=factor: f(*x, factor), inputs)
+                for f in (compiled, eager)
+            )
+            torch.testing.assert_close(got, exact)
+
+
+def test_statistics_compile_as_one_graph(backend):
+    case = testing.make_case("random", (6, 7, 5))
+    torch._dynamo.reset()
+
+    def uniformity(query, key):
+        stats = fastcl.similarity_stats(query, key, rule=case.rule(), normalize=True, columns=True)
+        return stats.lse_neg.mean() + stats.columns.pos_sum.sum()
+
+    compiled = torch.compile(uniformity, fullgraph=True, backend="aot_eager")
+    got, exact = (testing.value_and_grads(f, [case.query, case.key]) for f in (compiled, uniformity))
+    torch.testing.assert_close(got, exact)
+
+
+def test_compiles_with_inductor():
+    torch._dynamo.reset()
+    z = [x.float() for x in testing.make_case("random", (6, 7, 5))[:2]]
+    compiled = torch.compile(fastcl.nt_xent, fullgraph=True)
+    got, exact = (testing.value_and_grads(f, z) for f in (compiled, fastcl.nt_xent))
+    torch.testing.assert_close(got, exact)
+
+
+@every_loss
+def test_first_and_second_derivatives(loss, backend):
+    case = testing.make_case("random", (3, 4, 3), seed=1)
+    inputs = [x.clone().requires_grad_() for x in loss.inputs(case)]
+    inputs.append(torch.tensor(loss.factor(0.7), dtype=torch.float64, requires_grad=True))
+    for reduction in ("mean", "none"):
+        call = partial(loss.product, reduction=reduction)
+        assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+
+
+def test_derivatives_of_the_statistics(backend):
+    case = testing.make_case("random", (4, 5, 3), seed=2)
+    m = len(case.key)
+    inputs = [
+        case.query,
+        case.key,
+        torch.tensor(0.7).double(),
+        torch.rand(m).double(),
+        torch.rand(m).double(),
+    ]
+    inputs = [x.clone().requires_grad_() for x in inputs]
+
+    def call(query, key, scale, key_bias, key_scale):
+        stats = fastcl.similarity_stats(
+            query, key, scale=scale, rule=case.rule(), key_bias=key_bias, key_scale=key_scale, columns=True
+        )
+        sides = (stats, stats.columns)
+        fields = [x for side in sides for x in (side.lse_neg, side.lse_pos, side.pos_sum)]
+        return torch.cat([x.masked_fill(x == -torch.inf, 0.0) for x in fields])
+
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ["info_nce", "info_nce-negatives", "nt_xent", "clip_loss", "sup_con-in"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_second_derivatives_of_converged_pairs_are_finite(name, dtype, backend):
+    """Logits 1/0.005 apart: the probability of every negative is zero in float32."""
+    loss = LOSSES[name]
+    rows = torch.eye(4, dtype=dtype)
+    case = testing.Case(rows, rows, rows.roll(1, 0), (torch.arange(4),) * 2, (torch.arange(4),) * 2)
+    leaves = [x.clone().requires_grad_() for x in loss.inputs(case)]
+    value = loss.product(*leaves, loss.factor(0.005))
+    grads = torch.autograd.grad(value, leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in grads), leaves, allow_unused=True)
+    assert all(g is None or g.isfinite().all() for g in second)
+
+
+def test_second_derivatives_without_negatives_are_finite(backend):
+    query, positive = (torch.randn(3, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    value = fastcl.info_nce(query, positive, torch.empty(0, 2, dtype=torch.float64))
+    grads = torch.autograd.grad(value, [query, positive], create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in grads), [query, positive])
+    assert all(not g.any() for g in second)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_autocast_changes_nothing(loss, dtype, backend):
+    inputs = [x.to(dtype) for x in loss.inputs(testing.make_case("random", (6, 7, 5)))]
+    for reduction in ("mean", "none"):
+        call = partial(loss.product, reduction=reduction)
+
+        def under_autocast(*x, call=call):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return call(*x, loss.factor(0.1))
+
+        got = testing.value_and_grads(under_autocast, inputs)
+        exact = testing.value_and_grads(lambda *x, call=call: call(*x, loss.factor(0.1)), inputs)
+        assert got[0][0].dtype == torch.float32
+        torch.testing.assert_close(got, exact, rtol=0, atol=0)
+
+
+def test_top_k_under_autocast(backend):
+    case = testing.make_case("random", (6, 40, 5))
+    query, key = case.query.float(), case.key.float()
+    exact = fastcl.similarity_topk(query, key, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = fastcl.similarity_topk(query, key, 5)
+    torch.testing.assert_close(got, exact, rtol=0, atol=0)
+
+
+def test_no_gradient_without_grad_mode(backend):
+    z = torch.randn(4, 3, requires_grad=True)
+    with torch.no_grad():
+        assert not fastcl.nt_xent(z, z.flip(0)).requires_grad
+    with torch.inference_mode():
+        assert fastcl.nt_xent(z, z.flip(0)).isfinite()
+
+
+def test_the_backward_pass_may_run_twice(backend):
+    z1, z2 = (torch.randn(4, 3, requires_grad=True) for _ in range(2))
+    loss = fastcl.nt_xent(z1, z2)
+    first, second = (torch.autograd.grad(loss, [z1, z2], retain_graph=True) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_nothing_warns(backend):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for loss in LOSSES.values():
+            inputs = [x.requires_grad_() for x in loss.inputs(testing.make_case("random", (6, 7, 5)))]
+            loss.product(*inputs, loss.factor(0.1)).backward()

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "cpu/attend.h"
+#include "cpu/mochi.h"
 #include "cpu/one_positive.h"
 #include "cpu/stats.h"
 #include "cpu/topk.h"
@@ -77,7 +78,7 @@ template <class T>
 void write_state(const State<T>& state, int64_t count, const Tensor& statistics, const Tensor& saved) {
   T *out = out_of<T>(statistics), *kept = out_of<T>(saved);
   using S = State<T>;
-  for_each_range(count, 1024, [&](int64_t begin, int64_t end) {
+  for_each_range(count, 1024, [&](int64_t begin, int64_t end, Scratch&) {
     for (int64_t i = begin; i < end; i++) {
       const LogSum<T> entries[] = {state.negative(i), state.positive(i)};
       for (int side = 0; side < 2; side++) {
@@ -103,7 +104,7 @@ void run_stats_forward(const OwnedProblem<T>& owned, bool columns, const Tensor&
   if (T* out = out_of<T>(weighted)) {
     const Attended<T> attended = attend(problem);
     write_state(attended.rows, queries, rows, row_state);
-    for_each_range(queries, 64, [&](int64_t begin, int64_t end) {
+    for_each_range(queries, 64, [&](int64_t begin, int64_t end, Scratch&) {
       for (int64_t i = begin; i < end; i++) {
         const LogSum<T> entry = attended.rows.negative(i);
         const T factor = weight_factor(T(1), *entry.max, *entry.sum);
@@ -153,7 +154,7 @@ void write_sums(const Partials<T>& sums, const Tensor& to) {
   T* out = out_of<T>(to);
   if (!out || !sums) return;
   const int64_t width = to.dim() == 1 ? 1 : to.size(1);
-  for_each_range(sums.rows, 256, [&](int64_t begin, int64_t end) {
+  for_each_range(sums.rows, 256, [&](int64_t begin, int64_t end, Scratch&) {
     for (int64_t i = begin; i < end; i++) {
       for (int64_t d = 0; d < width; d++) {
         T total = 0;
@@ -216,6 +217,30 @@ void topk_op(Tensor query, Tensor key, OptionalTensor exclude_query, OptionalTen
   is_double(query) ? run(0.0) : run(0.0f);
 }
 
+void mochi_op(Tensor query, Tensor positive, Tensor keys, Tensor scale, Tensor first, Tensor second, Tensor alpha,
+              Tensor partner, Tensor beta, int64_t n_hard, Tensor loss, Tensor grad_query, Tensor grad_positive,
+              Tensor grad_scale) {
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    auto weights = [](const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); };
+    auto ranks = [](const Tensor& x) { return static_cast<const int64_t*>(x.const_data_ptr()); };
+    const Mochi<T> args{input_of(query),
+                        input_of(positive),
+                        input_of(keys),
+                        *static_cast<const double*>(scale.const_data_ptr()),
+                        n_hard,
+                        first.size(1),
+                        partner.size(1),
+                        ranks(first),
+                        ranks(second),
+                        ranks(partner),
+                        weights(alpha),
+                        weights(beta)};
+    mochi<T>(args, {out_of<T>(loss), out_of<T>(grad_query), out_of<T>(grad_positive), out_of<T>(grad_scale)});
+  };
+  is_double(query) ? run(0.0) : run(0.0f);
+}
+
 std::tuple<int64_t, int64_t> isa_levels() {
   return {static_cast<int64_t>(best_isa()), static_cast<int64_t>(current_isa())};
 }
@@ -241,6 +266,10 @@ STABLE_TORCH_LIBRARY(fastcl_native, m) {
   m.def(
       "topk(Tensor query, Tensor key, Tensor? exclude_query, Tensor? exclude_key, Tensor(a!) values, "
       "Tensor(b!) indices) -> ()");
+  m.def(
+      "mochi(Tensor query, Tensor positive, Tensor keys, Tensor scale, Tensor first, Tensor second, Tensor alpha, "
+      "Tensor partner, Tensor beta, int n_hard, Tensor(a!) loss, Tensor(b!) grad_query, Tensor(c!) grad_positive, "
+      "Tensor(d!) grad_scale) -> ()");
   m.def("isa_levels() -> (int, int)");
   m.def("force_isa(int level) -> ()");
 }
@@ -249,6 +278,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CPU, m) {
   m.impl("stats_forward", TORCH_BOX(&fastcl::stats_forward));
   m.impl("stats_backward", TORCH_BOX(&fastcl::stats_backward));
   m.impl("one_positive", TORCH_BOX(&fastcl::one_positive_op));
+  m.impl("mochi", TORCH_BOX(&fastcl::mochi_op));
   m.impl("topk", TORCH_BOX(&fastcl::topk_op));
 }
 STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CompositeExplicitAutograd, m) {

@@ -7,8 +7,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastcl.numerics import LN2, LOG2E, unit_rows
+from fastcl.numerics import (
+    LN2,
+    LOG2E,
+    compute_dtype,
+    inverse_norms,
+    row_dot,
+    softplus,
+    unit_rows,
+    unit_rows_backward,
+)
+from fastcl.one_positive import NEGATIVES, OnePositive
 from fastcl.problem import (
+    Mochi,
     Needs,
     PairGradients,
     Prepared,
@@ -120,6 +131,75 @@ def topk(
             values[rows] = best[:, :k]
             indices[rows] = positions.gather(1, order[:, :k])
     return values, indices.masked_fill(values == -torch.inf, -1)
+
+
+def mochi(args: Mochi) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses (N,) and, for an incoming 1 per row, gradients of query, positive (N, D) and scale (N,)."""
+    dtype = compute_dtype(args.query.dtype)
+    query, positive = args.query.to(dtype), args.positive.to(dtype)
+    query_inverse, positive_inverse = inverse_norms(query), inverse_norms(positive)
+    query, positive, scale = query * query_inverse, positive * positive_inverse, args.scale.to(dtype)
+    similarity, order = topk(query, args.keys.to(dtype), args.n_hard, None, None, False)
+    plain = OnePositive(query, positive, args.keys, args.scale, None, None, NEGATIVES, False, False, "none")
+    rows, _, _, _, pull = stats_forward(plain.problem(), weighted_keys=True)
+    lse = torch.empty_like(rows[0])
+    for chunk in row_chunks(query.shape[0], args.n_hard * query.shape[1]):
+        hard = args.keys[order[chunk]].to(dtype)  # [n, n_hard, D]
+        lse[chunk], synthetic = _mix(
+            args, chunk, query[chunk], similarity[chunk], hard, rows[0, chunk], scale
+        )
+        pull[chunk] = pull[chunk] * torch.exp(rows[0, chunk] - lse[chunk])[:, None] + synthetic
+    margin = lse - scale * row_dot(query, positive)
+    slope = torch.sigmoid(margin)[:, None]
+    pull = (pull - positive) * slope
+    grad_query = unit_rows_backward(scale * pull, query, query_inverse)
+    grad_positive = unit_rows_backward(-scale * slope * query, positive, positive_inverse)
+    return softplus(margin), grad_query, grad_positive, row_dot(query, pull)
+
+
+def _mix(
+    args: Mochi, chunk: slice, query: Tensor, similarity: Tensor, hard: Tensor, lse: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``lse`` with the synthetic logits added, and ``sum_h exp(logit_h - lse) h``, for a chunk of rows."""
+    first, second, partner = (ranks[chunk] for ranks in (args.first, args.second, args.partner))
+    alpha, beta = args.alpha[chunk], args.beta[chunk]
+    products = hard @ hard.transpose(1, 2)  # [n, n_hard, n_hard]
+    squared = products.diagonal(dim1=1, dim2=2)
+    query_squared = row_dot(query, query)[:, None]
+
+    def at(values: Tensor, ranks: Tensor) -> Tensor:
+        return values.gather(1, ranks)
+
+    def inverse(weight: Tensor, u_squared: Tensor, v_squared: Tensor, product: Tensor) -> Tensor:
+        squared = weight**2 * u_squared + (1 - weight) ** 2 * v_squared + 2 * weight * (1 - weight) * product
+        norms = squared.clamp_min(0).sqrt()
+        return norms.reciprocal().masked_fill(norms == 0, 0.0)
+
+    first_second = at(products.flatten(1), first * hard.shape[1] + second)
+    inverses = torch.cat(
+        [
+            inverse(alpha, at(squared, first), at(squared, second), first_second),
+            inverse(beta, query_squared, at(squared, partner), at(similarity, partner)),
+        ],
+        dim=1,
+    )
+    mixed = torch.cat(
+        [
+            alpha * at(similarity, first) + (1 - alpha) * at(similarity, second),
+            beta * query_squared + (1 - beta) * at(similarity, partner),
+        ],
+        dim=1,
+    )
+    logits = scale * mixed * inverses
+    lse = torch.logaddexp(lse, logits.logsumexp(dim=1))
+    weights = torch.exp(logits - lse[:, None]) * inverses
+    on_first, on_query = weights.split([alpha.shape[1], beta.shape[1]], dim=1)
+    on_hard = torch.zeros_like(similarity)
+    on_hard.scatter_add_(1, first, on_first * alpha)
+    on_hard.scatter_add_(1, second, on_first * (1 - alpha))
+    on_hard.scatter_add_(1, partner, on_query * (1 - beta))
+    total = (on_hard[:, None] @ hard).squeeze(1) + (on_query * beta).sum(dim=1, keepdim=True) * query
+    return lse, total
 
 
 def _logits2(problem: Problem, prepared: Prepared, chunk: slice) -> Tensor:

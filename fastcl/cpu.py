@@ -10,6 +10,7 @@ from torch import Tensor
 from fastcl.numerics import LOG2E, compute_dtype, unit_rows
 from fastcl.one_positive import LAYOUTS, OnePositive
 from fastcl.problem import (
+    Mochi,
     Needs,
     PairGradients,
     Prepared,
@@ -101,14 +102,24 @@ def topk(
     return values, indices
 
 
+def mochi(args: Mochi) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`fastcl.chunked.mochi`."""
+    query, positive = _row_contiguous(args.query), _row_contiguous(args.positive)
+    dtype = compute_dtype(query.dtype)
+    shapes = (query.shape[:1], query.shape, query.shape, query.shape[:1])
+    losses, grad_query, grad_positive, grad_scale = (query.new_empty(s, dtype=dtype) for s in shapes)
+    draws = (x.contiguous() for x in (args.first, args.second, args.alpha, args.partner, args.beta))
+    outputs = (losses, grad_query, grad_positive, grad_scale)
+    _native.mochi(query, positive, args.keys, args.scale, *draws, args.n_hard, *outputs)
+    return outputs
+
+
 def _row_contiguous(x: Tensor) -> Tensor:
     """``x`` with its last dimension contiguous; rows may be any distance apart."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def _native_problem(
-    problem: Problem, prepared: Prepared
-) -> tuple[Tensor | None | float | bool, ...]:
+def _native_problem(problem: Problem, prepared: Prepared) -> tuple[Tensor | float | bool | None, ...]:
     query, key = prepared.query, prepared.key
     if problem.key_scale is not None:
         key = key * problem.key_scale.to(key.dtype)[:, None]

@@ -17,6 +17,7 @@ from fastcl.checks import (
 from fastcl.numerics import compute_dtype, inverse_norms, logaddexp, reduce, row_dot, softplus, unit_rows
 from fastcl.one_positive import BATCH, NEGATIVES, PAIRS, VIEWS, OnePositive
 from fastcl.problem import Problem
+from fastcl.queue import NegativeQueue
 from fastcl.rules import check_ids
 from fastcl.similarity import problem_stats
 
@@ -24,7 +25,7 @@ from fastcl.similarity import problem_stats
 def info_nce(
     query: Tensor,
     positive_key: Tensor,
-    negative_keys: Tensor | None = None,
+    negative_keys: Tensor | NegativeQueue | None = None,
     temperature: float | Tensor = 0.1,
     reduction: str = "mean",
     negative_mode: str = "unpaired",
@@ -40,11 +41,12 @@ def info_nce(
         query: (N, D), float64, float32, float16 or bfloat16.
         positive_key: (N, D), same dtype.
         negative_keys: None: the other queries' positives are the negatives; (M, D) with 'unpaired';
-            (N, M, D) with 'paired'.
+            (N, M, D) with 'paired'; or a :class:`fastcl.NegativeQueue`, whose keys are used in place: not
+            normalized again, not copied, without gradient, in their own dtype.
         temperature: a finite non-zero number, or a 0-d tensor, which then receives its gradient.
         reduction: 'mean', 'sum' or 'none'.
         negative_mode: 'unpaired' or 'paired'.
-        query_ids: (N,) integers; only with negatives that carry ids: those of the same id are excluded.
+        query_ids: (N,) integers; the queue's keys with the same id are excluded.
 
     Returns:
         The loss, () or (N,) with 'none'; float64 for float64 inputs, else float32.
@@ -60,6 +62,8 @@ def info_nce(
     check_same_count("positive_key", positive_key, "query", query)
     check_same("positive_key", positive_key, "query", query)
     scale = scalar("temperature", temperature, query, nonzero=True).reciprocal()
+    if isinstance(negative_keys, NegativeQueue):
+        return _queue_info_nce(query, positive_key, negative_keys, scale, reduction, query_ids)
     if query_ids is not None:
         raise ValueError("query_ids excludes negatives by id, but negative_keys carries no ids")
     if negative_keys is None:
@@ -274,6 +278,27 @@ def _one_positive(args: OnePositive) -> Tensor:
         return ops.one_positive(args, needs, backend.name)
     stats = problem_stats(args.problem(), args.layout == PAIRS, backend.name)
     return args.loss(stats.lse_neg, None if stats.columns is None else stats.columns.lse_neg)
+
+
+def _queue_info_nce(
+    query: Tensor,
+    positive: Tensor,
+    queue: NegativeQueue,
+    scale: Tensor,
+    reduction: str,
+    query_ids: Tensor | None,
+) -> Tensor:
+    check_same("negative_keys.keys", queue.keys, "query", query, dtype=False)
+    negative_ids = None
+    if query_ids is not None:
+        if queue.ids is None:
+            raise ValueError("query_ids was given, but the queue was made without with_ids=True")
+        query_ids, negative_ids = check_ids("query_ids", query_ids, query), queue.ids
+    return _one_positive(
+        OnePositive(
+            query, positive, queue.keys, scale, query_ids, negative_ids, NEGATIVES, True, False, reduction
+        )
+    )
 
 
 def _paired_info_nce(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastcl.losses import info_nce, sup_con
+from fastcl.queue import NegativeQueue
 
 
 class InfoNCE(nn.Module):
@@ -24,7 +25,9 @@ class InfoNCE(nn.Module):
         self.reduction = reduction
         self.negative_mode = negative_mode
 
-    def forward(self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None) -> Tensor:
+    def forward(
+        self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | NegativeQueue | None = None
+    ) -> Tensor:
         """The loss of query (N, D) and positive_key (N, D), as :func:`fastcl.info_nce`."""
         return info_nce(
             query,

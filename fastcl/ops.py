@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from fastcl import chunked, cpu, reference
-from fastcl.numerics import compute_dtype
+from fastcl.numerics import compute_dtype, unit_rows
 from fastcl.one_positive import OnePositive
-from fastcl.problem import Needs, PairGradients, Problem, input_gradients, prepare
+from fastcl.problem import Mochi, Needs, PairGradients, Problem, input_gradients, prepare
 
 _MODULES: dict[str, ModuleType] = {"reference": reference, "chunked": chunked, "cpu": cpu}
 
@@ -44,6 +44,14 @@ _library.define(
 _library.define(
     "topk(Tensor query, Tensor key, int k, Tensor? exclude_query, Tensor? exclude_key, "
     "bool normalize, str backend) -> (Tensor values, Tensor indices)"
+)
+_library.define(
+    "mochi(Tensor query, Tensor positive, Tensor scale, Tensor keys, Tensor first, Tensor second, "
+    "Tensor alpha, Tensor partner, Tensor beta, int n_hard, str backend) -> "
+    "(Tensor losses, Tensor grad_query, Tensor grad_positive, Tensor grad_scale)"
+)
+_library.define(
+    "enqueue(Tensor(a!) keys, Tensor(b!)? ids, Tensor(c!) pointer, Tensor new_keys, Tensor? new_ids) -> ()"
 )
 
 _PROBLEM_FIELDS = len(Problem._fields)
@@ -80,6 +88,21 @@ def topk(
     return values, indices
 
 
+def mochi(args: Mochi, backend: str) -> Tensor:
+    """MoCHi's losses (N,), differentiable in query, positive and scale."""
+    if backend == "reference":
+        return reference.mochi(args)
+    losses: Tensor = torch.ops.fastcl.mochi(*args, backend)[0]
+    return losses
+
+
+def enqueue(
+    keys: Tensor, ids: Tensor | None, pointer: Tensor, new_keys: Tensor, new_ids: Tensor | None
+) -> None:
+    """Normalize ``new_keys`` (N, D) and write them to ``keys`` (size, D) from ``pointer`` on, in place."""
+    torch.ops.fastcl.enqueue(keys, ids, pointer, new_keys, new_ids)
+
+
 def _filled(like: Tensor, *outputs: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if output is None else output for output in outputs)
 
@@ -111,11 +134,32 @@ def _topk(*args: Any) -> tuple[Tensor, Tensor]:
         return values, indices
 
 
+def _mochi(*args: Any) -> tuple[Tensor, ...]:
+    with torch.autocast(args[0].device.type, enabled=False):
+        outputs: tuple[Tensor, ...] = _MODULES[args[-1]].mochi(Mochi(*args[:-1]))
+        return outputs
+
+
+def _enqueue(
+    keys: Tensor, ids: Tensor | None, pointer: Tensor, new_keys: Tensor, new_ids: Tensor | None
+) -> None:
+    size, count = keys.shape[0], new_keys.shape[0]
+    skipped = max(0, count - size)  # would be overwritten at once
+    unit = unit_rows(new_keys[skipped:]).to(keys.dtype)
+    rows = (torch.arange(skipped, count, device=keys.device) + pointer) % size
+    keys.index_copy_(0, rows, unit)
+    if ids is not None and new_ids is not None:
+        ids.index_copy_(0, rows, new_ids[skipped:])
+    pointer.add_(count).remainder_(size)
+
+
 for _name, _kernel in (
     ("stats_forward", _stats_forward),
     ("stats_backward", _stats_backward),
     ("one_positive", _one_positive),
     ("topk", _topk),
+    ("mochi", _mochi),
+    ("enqueue", _enqueue),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
 
@@ -162,11 +206,26 @@ def _(query: Tensor, key: Tensor, k: int, *args: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(shape, dtype=dtype), query.new_empty(shape, dtype=torch.int64)
 
 
+@register_fake("fastcl::mochi")
+def _(query: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    shapes = (query.shape[:1], query.shape, query.shape, query.shape[:1])
+    return tuple(query.new_empty(shape, dtype=compute_dtype(query.dtype)) for shape in shapes)
+
+
+@register_fake("fastcl::enqueue")
+def _(*args: Any) -> None:
+    return None
+
+
 def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     problem, (weighted_keys, backend) = Problem(*inputs[:_PROBLEM_FIELDS]), inputs[_PROBLEM_FIELDS:]
     _, row_state, _, column_state, weighted = output
     ctx.mark_non_differentiable(row_state, column_state, weighted)
-    ctx.save_for_backward(*problem[:_PROBLEM_TENSORS], row_state, column_state, weighted)
+    tensors = list(problem[:_PROBLEM_TENSORS])
+    ctx.frozen = tuple(_Frozen(x if weighted_keys else None) for x in (problem.key, problem.exclude_key))
+    if weighted_keys:
+        tensors[1] = tensors[-1] = None
+    ctx.save_for_backward(*tensors, row_state, column_state, weighted)
     ctx.flags, ctx.backend, ctx.weighted_keys = problem[_PROBLEM_TENSORS:], backend, weighted_keys
 
 
@@ -177,10 +236,14 @@ def _stats_gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     unused = (None,) * (_PROBLEM_FIELDS - 5 + 2)
     grad_rows, grad_columns = grads[0], grads[2]
     if torch.is_grad_enabled():
+        if ctx.weighted_keys:
+            key, exclude_key = (frozen.get() for frozen in ctx.frozen)
+            problem = problem._replace(key=key, exclude_key=exclude_key)
         return (*_second_order_stats(problem, needs, grad_rows, grad_columns), *unused)
     if ctx.weighted_keys:
+        query_only = problem._replace(key=problem.query, symmetric=True)
         pairs = PairGradients(weighted * grad_rows[0, :, None], None, None)
-        return (*input_gradients(problem, prepare(problem), pairs, needs), *unused)
+        return (*input_gradients(query_only, prepare(query_only), pairs, needs), *unused)
     outputs = torch.ops.fastcl.stats_backward(
         *problem, grad_rows, grad_columns, row_state, column_state, needs, ctx.backend
     )
@@ -198,6 +261,22 @@ def _second_order_stats(
     if not problem.columns:
         return _differentiable_grad((rows,), (grad_rows,), inputs, needs)
     return _differentiable_grad((rows, columns), (grad_rows, grad_columns), inputs, needs)
+
+
+class _Frozen:
+    """A tensor kept for second derivatives only, so that it may be overwritten before a first backward.
+
+    MoCo enqueues between the loss and its backward, which needs nothing of the queue any more.
+    """
+
+    def __init__(self, tensor: Tensor | None) -> None:
+        self._tensor = tensor
+        self._version = -1 if tensor is None else tensor._version
+
+    def get(self) -> Tensor | None:
+        if self._tensor is not None and self._tensor._version != self._version:
+            raise RuntimeError("the keys were modified in place since the loss: no second derivatives")
+        return self._tensor
 
 
 def _views(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -218,7 +297,11 @@ def _differentiable_grad(
 def _save_one_positive(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     args = OnePositive(*inputs[:_ONE_POSITIVE_FIELDS])
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*args[:_ONE_POSITIVE_TENSORS], *output[1:])
+    tensors = list(args[:_ONE_POSITIVE_TENSORS])
+    frozen = args.negatives is not None and not args.negatives.requires_grad
+    ctx.frozen = _Frozen(args.negatives if frozen else None), _Frozen(args.negative_ids)
+    tensors[2], tensors[5] = None if frozen else args.negatives, None
+    ctx.save_for_backward(*tensors, *output[1:])
     ctx.flags, ctx.needs = args[_ONE_POSITIVE_TENSORS:], inputs[-2]
 
 
@@ -228,8 +311,10 @@ def _one_positive_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Ten
     needs = ctx.needs_input_grad[:4]
     unused = (None,) * (_ONE_POSITIVE_FIELDS - 4 + 2)
     if torch.is_grad_enabled():
+        negatives, negative_ids = (frozen.get() for frozen in ctx.frozen)
         views = _views(inputs)
-        args = OnePositive(*views, *tensors[4:_ONE_POSITIVE_TENSORS], *ctx.flags)
+        views[2] = negatives if views[2] is None else views[2]
+        args = OnePositive(*views, tensors[4], negative_ids, *ctx.flags)
         problem = args.problem()
         rows, columns = reference.stats(problem)
         loss = args.loss(rows[0], columns[0] if problem.columns else None)
@@ -244,6 +329,32 @@ def _one_positive_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Ten
             (grad_loss.to(grad.dtype) * grad).to(x.dtype) if needed else None
             for x, grad, needed in zip(inputs, unit_grads, needs, strict=True)
         ),
+        *unused,
+    )
+
+
+def _save_mochi(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    args = Mochi(*inputs[:-1])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*args[:3], *args[4:9], *output[1:])
+    ctx.keys, ctx.n_hard = _Frozen(args.keys), args.n_hard
+
+
+def _mochi_gradient(ctx: Any, grad_losses: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    inputs, draws, unit_grads = tensors[:3], tensors[3:8], tensors[8:]
+    needs = ctx.needs_input_grad[:3]
+    unused = (None,) * (len(Mochi._fields) - 3 + 1)
+    if torch.is_grad_enabled():
+        views = _views(inputs)
+        losses = reference.mochi(Mochi(*views, ctx.keys.get(), *draws, ctx.n_hard))
+        return (*_differentiable_grad((losses,), (grad_losses,), views, needs), *unused)
+    grad_query, grad_positive, grad_scale = unit_grads
+    column = grad_losses[:, None]
+    return (
+        (grad_query * column).to(inputs[0].dtype) if needs[0] else None,
+        (grad_positive * column).to(inputs[1].dtype) if needs[1] else None,
+        (grad_scale * grad_losses).sum(dtype=inputs[2].dtype) if needs[2] else None,
         *unused,
     )
 
@@ -278,3 +389,4 @@ def _register_autograd(name: str, save: Callable[..., None], gradient: Callable[
 
 _register_autograd("stats_forward", _save_stats, _stats_gradient)
 _register_autograd("one_positive", _save_one_positive, _one_positive_gradient)
+_register_autograd("mochi", _save_mochi, _mochi_gradient)

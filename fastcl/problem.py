@@ -33,6 +33,21 @@ class Problem(NamedTuple):
     symmetric: bool
 
 
+class Mochi(NamedTuple):
+    """Arguments of one MoCHi loss, in the order of the op's schema."""
+
+    query: Tensor  # (N, D)
+    positive: Tensor  # (N, D)
+    scale: Tensor  # ()
+    keys: Tensor  # (M, D) unit rows, of any floating dtype
+    first: Tensor  # (N, n_mix) int64 ranks
+    second: Tensor  # (N, n_mix) int64 ranks
+    alpha: Tensor  # (N, n_mix)
+    partner: Tensor  # (N, n_query_mix) int64 ranks
+    beta: Tensor  # (N, n_query_mix)
+    n_hard: int
+
+
 class Needs(NamedTuple):
     """Which inputs need a gradient."""
 
@@ -66,9 +81,10 @@ class Prepared:
 
 def prepare(problem: Problem) -> Prepared:
     """Unit rows of both sides; no copy where rows are used as they are."""
+    dtype = compute_dtype(problem.query.dtype)  # of the query: a queue's keys may have another
 
     def rows(x: Tensor) -> tuple[Tensor, Tensor | None]:
-        x = x.to(compute_dtype(x.dtype))
+        x = x.to(dtype)
         if not problem.normalize:
             return x, None
         inverse = inverse_norms(x)

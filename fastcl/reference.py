@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcl.numerics import masked_logsumexp, unit_rows
-from fastcl.problem import Problem
+from fastcl.numerics import masked_logsumexp, row_dot, softplus, unit_rows
+from fastcl.problem import Mochi, Problem
 
 
 def pair_masks(problem: Problem, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def pair_masks(problem: Problem, rows: slice = slice(None)) -> tuple[Tensor, Ten
 def logits(problem: Problem) -> Tensor:
     """The logits (N, M) in the compute dtype."""
     query = unit_rows(problem.query, problem.normalize)
-    key = unit_rows(problem.key, problem.normalize)
+    key = unit_rows(problem.key, problem.normalize).to(query.dtype)
     similarity = problem.scale.to(query.dtype) * (query @ key.T)
     if problem.key_scale is not None:
         similarity = similarity * problem.key_scale.to(query.dtype)
@@ -79,3 +79,22 @@ def topk(
     values, indices = similarity.sort(dim=1, descending=True, stable=True)
     values, indices = values[:, :k], indices[:, :k]
     return values, indices.masked_fill(values == -torch.inf, -1)
+
+
+def mochi(args: Mochi) -> Tensor:
+    """MoCHi's losses (N,), with every synthetic negative formed."""
+    with torch.autocast(args.query.device.type, enabled=False):
+        query, positive = unit_rows(args.query), unit_rows(args.positive)
+        keys, scale = args.keys.to(query.dtype), args.scale.to(query.dtype)
+        _, order = topk(query.detach(), keys, args.n_hard, None, None, False)
+        hard = keys[order]  # [N, n_hard, D]
+
+        def ranked(ranks: Tensor) -> Tensor:
+            return hard.gather(1, ranks[:, :, None].expand(-1, -1, hard.shape[2]))
+
+        alpha, beta = args.alpha[:, :, None], args.beta[:, :, None]
+        mixed = alpha * ranked(args.first) + (1 - alpha) * ranked(args.second)
+        mixed_with_query = beta * query.detach()[:, None] + (1 - beta) * ranked(args.partner)
+        synthetic = unit_rows(torch.cat([mixed, mixed_with_query], dim=1))
+        similarity = torch.cat([query @ keys.T, (query[:, None] * synthetic).sum(dim=2)], dim=1)
+        return softplus((scale * similarity).logsumexp(dim=1) - scale * row_dot(query, positive))

@@ -74,7 +74,7 @@ Attended<T> attend(const Problem<T>& problem) {
   if (key_parts == 1) return {std::move(states[0]), std::move(sums)};
 
   Attended<T> result{make_state<T>(queries), make_partials<T>(1, queries, width)};
-  for_each_range(queries, 64, [&](int64_t begin, int64_t end) {
+  for_each_range(queries, 64, [&](int64_t begin, int64_t end, Scratch&) {
     for (const State<T>& part : states) merge_state(result.rows, part, begin, end);
     for (int64_t i = begin; i < end; i++) {
       T* out = result.query.row(0, i);

@@ -4,60 +4,11 @@
 
 #include "cpu/attend.h"
 #include "cpu/stats.h"
+#include "cpu/unit_rows.h"
 
 namespace fastcl {
 
 namespace {
-
-constexpr int64_t kRowGrain = 128;
-
-// Unit rows of one or two inputs, stacked and padded to whole vectors.
-template <class T>
-struct UnitRows {
-  Buffer<T> rows;
-  Buffer<T> inverse;  // inverse norms; null without normalization
-  int64_t count = 0, width = 0, stride = 0;
-
-  T* row(int64_t i) const { return rows.get() + i * stride; }
-  Rows<T> as_rows() const { return {rows.get(), DType::float32, stride, count, width, true}; }
-};
-
-template <class T>
-UnitRows<T> unit_rows(std::initializer_list<Input> inputs, bool normalize) {
-  const Kernels<T>& k = kernels<T>();
-  UnitRows<T> unit;
-  unit.width = inputs.begin()->width;
-  unit.stride = round_up(unit.width, k.vector);
-  for (const Input& input : inputs) unit.count += input.count;
-  unit.rows = allocate<T>(unit.count * unit.stride);
-  if (normalize) unit.inverse = allocate<T>(unit.count);
-  int64_t offset = 0;
-  for (const Input& input : inputs) {
-    for_each_range(input.count, kRowGrain, [&](int64_t begin, int64_t end) {
-      const Rows<T> raw{input.data, input.dtype, input.stride, input.count, input.width};
-      k.load_rows(unit.row(offset + begin), unit.stride, raw.source(begin), input.dtype, input.stride, end - begin,
-                  input.width, nullptr);
-      for (int64_t i = offset + begin; normalize && i < offset + end; i++) {
-        const T norm = std::sqrt(k.dot(unit.row(i), unit.row(i), unit.stride));
-        const T inverse = norm == 0 ? T(0) : 1 / std::max(norm, T(1e-12));
-        unit.inverse[i] = inverse;
-        for (int64_t d = 0; d < unit.width; d++) unit.row(i)[d] *= inverse;
-      }
-    });
-    offset += input.count;
-  }
-  return unit;
-}
-
-// Gradient of row i from `sum`, that of its unit row before the scale, in place; returns <unit row, sum>.
-template <class T>
-T input_gradient(const UnitRows<T>& unit, int64_t i, T scale, T* sum) {
-  const T radial = kernels<T>().dot(unit.row(i), sum, unit.stride);
-  const T inverse = unit.inverse ? unit.inverse[i] : T(1);
-  const T along = unit.inverse && inverse < T(1e12) ? radial : T(0);
-  for (int64_t d = 0; d < unit.width; d++) sum[d] = (sum[d] - unit.row(i)[d] * along) * scale * inverse;
-  return radial;
-}
 
 template <class T>
 class Loss {
@@ -83,7 +34,7 @@ class Loss {
       problem_.exclude = {args.query_ids ? args.negative_ids : nullptr, args.query_ids};
     }
     positive_logit_ = allocate<T>(rows_);
-    for_each_range(rows_, kRowGrain, [&](int64_t begin, int64_t end) {
+    for_each_range(rows_, kRowGrain, [&](int64_t begin, int64_t end, Scratch&) {
       for (int64_t i = begin; i < end; i++)
         positive_logit_[i] = static_cast<T>(
             args.scale * kernels<T>().dot(query_.row(i), positive_row(i), query_.stride));
@@ -116,10 +67,7 @@ class Loss {
       negatives_ = unit_rows<T>({args_.negatives}, true);
       problem_.key = negatives_.as_rows();
     } else {
-      const Input& keys = args_.negatives;
-      const bool same = keys.dtype == (sizeof(T) == 4 ? DType::float32 : DType::float64);
-      problem_.key = {keys.data, keys.dtype, keys.stride, keys.count, keys.width,
-                      same && keys.width % kernels<T>().vector == 0};
+      problem_.key = key_rows<T>(args_.negatives);
     }
   }
 
@@ -129,12 +77,9 @@ class Loss {
 
   // Adds one direction's loss of row i, weighted, and returns the gradient of its lse_neg.
   T add_loss(int64_t i, T max, T sum, T weight) {
-    const T margin = log_sum_exp(max, sum) - positive_logit_[i];
-    const T decay = std::exp(-std::abs(margin));
-    losses_[i] += weight * (std::max(margin, T(0)) + std::log1p(decay));
-    if (std::isnan(margin)) losses_[i] = margin;
-    const T sigmoid = (margin >= 0 ? T(1) : decay) / (1 + decay);
-    const T gradient = std::isnan(margin) ? margin : sigmoid * weight * incoming_;
+    const SoftPlus<T> loss = softplus(log_sum_exp(max, sum) - positive_logit_[i]);
+    losses_[i] += weight * loss.value;
+    const T gradient = loss.slope * weight * incoming_;
     pull_[i] += gradient;
     return gradient;
   }
@@ -142,7 +87,7 @@ class Loss {
   // Losses of all rows from a state; their weights for the backward pass.
   SideWeights<T> weigh(const State<T>& state, T weight) {
     SideWeights<T> weights = make_side_weights<T>(rows_);
-    for_each_range(rows_, kRowGrain, [&](int64_t begin, int64_t end) {
+    for_each_range(rows_, kRowGrain, [&](int64_t begin, int64_t end, Scratch&) {
       for (int64_t i = begin; i < end; i++) {
         const LogSum<T> entry = state.negative(i);
         weights.field(SideWeights<T>::kNegMax)[i] = *entry.max;
@@ -194,14 +139,14 @@ class Loss {
   // Gradients of one side: sum(i, out) gathers a row's, out(i) says where it goes (null: nowhere).
   template <class Sum, class Out>
   void finish_side(const UnitRows<T>& unit, const Sum& sum, const Out& out, T* radial) {
-    for_each_range(unit.count, kRowGrain, [&](int64_t begin, int64_t end) {
-      const Buffer<T> row = allocate<T>(unit.stride);
+    for_each_range(unit.count, kRowGrain, [&](int64_t begin, int64_t end, Scratch& scratch) {
+      T* row = scratch.take<T>(kQuerySlot, unit.stride);
       for (int64_t i = begin; i < end; i++) {
-        std::fill_n(row.get(), unit.stride, T(0));
-        sum(i, row.get());
-        const T dot = input_gradient(unit, i, static_cast<T>(args_.scale), row.get());
+        std::fill_n(row, unit.stride, T(0));
+        sum(i, row);
+        const T dot = input_gradient(unit, i, static_cast<T>(args_.scale), row);
         if (radial) radial[i] = dot;
-        if (T* to = out(i)) std::copy_n(row.get(), unit.width, to);
+        if (T* to = out(i)) std::copy_n(row, unit.width, to);
       }
     });
   }

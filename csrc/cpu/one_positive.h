@@ -1,21 +1,12 @@
 // The losses with one positive per row, value and gradients in one call.
 #pragma once
 
-#include "cpu/problem.h"
+#include "cpu/unit_rows.h"
 
 namespace fastcl {
 
 // In this order in LAYOUTS of the Python side.
 enum class Layout : int { views, batch, pairs, negatives };
-
-// A tensor's rows as they came: any floating type, any row stride.
-struct Input {
-  const void* data = nullptr;
-  DType dtype = DType::float32;
-  int64_t stride = 0;
-  int64_t count = 0;
-  int64_t width = 0;
-};
 
 struct OnePositive {
   Input query, positive, negatives;

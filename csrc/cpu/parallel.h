@@ -77,11 +77,11 @@ void for_each_task(int64_t count, const Task& task) {
     torch::stable::parallel_for(0, threads, 1, work);
 }
 
-// Splits [0, count) into ranges of about `grain` and calls body(begin, end) for each.
+// Splits [0, count) into ranges of `grain` and calls body(begin, end, scratch) for each.
 template <class Body>
 void for_each_range(int64_t count, int64_t grain, const Body& body) {
-  for_each_task((count + grain - 1) / grain, [&](int64_t index, Scratch&) {
-    body(index * grain, std::min(count, (index + 1) * grain));
+  for_each_task((count + grain - 1) / grain, [&](int64_t index, Scratch& scratch) {
+    body(index * grain, std::min(count, (index + 1) * grain), scratch);
   });
 }
 

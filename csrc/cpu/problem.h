@@ -126,4 +126,10 @@ T log_sum_exp(T max, T sum) {
   return static_cast<T>((max + std::log2(sum)) * static_cast<T>(kLn2));
 }
 
+// Factor of a weight: gradient over sum, 0 for an empty set, NaN where the sum is.
+template <class T>
+T weight_factor(T gradient, T max, T sum) {
+  return is_empty(max) && !std::isnan(sum) ? T(0) : gradient / sum;
+}
+
 }  // namespace fastcl

@@ -70,7 +70,7 @@ class TileWalk {
 template <class T>
 State<T> merge_parts(std::vector<State<T>> parts, int64_t count) {
   if (parts.size() > 1) {
-    for_each_range(count, 4096, [&](int64_t begin, int64_t end) {
+    for_each_range(count, 4096, [&](int64_t begin, int64_t end, Scratch&) {
       for (size_t p = 1; p < parts.size(); p++) merge_state(parts[0], parts[p], begin, end);
     });
   }

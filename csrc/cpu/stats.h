@@ -31,12 +31,6 @@ struct SideWeights {
 template <class T>
 SideWeights<T> make_side_weights(int64_t count);
 
-// Factor of a weight: gradient over sum, 0 for an empty set, NaN where the sum is.
-template <class T>
-T weight_factor(T gradient, T max, T sum) {
-  return is_empty(max) && !std::isnan(sum) ? T(0) : gradient / sum;
-}
-
 // sum_j dl_ij y_j per query, sum_i dl_ij x_i per key, sum_i dl_ij per key; each in parts to be added.
 // For a symmetric problem `query` holds both roles.
 template <class T>

@@ -82,7 +82,7 @@ void topk(const Problem<T>& problem, int64_t k, T* values, int64_t* indices) {
     }
   });
 
-  for_each_range(queries, 16, [&](int64_t begin, int64_t end) {
+  for_each_range(queries, 16, [&](int64_t begin, int64_t end, Scratch&) {
     std::vector<Candidate<T>> all;
     for (int64_t i = begin; i < end; i++) {
       all.clear();

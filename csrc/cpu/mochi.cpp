@@ -1,0 +1,139 @@
+#include "cpu/mochi.h"
+
+#include "cpu/attend.h"
+#include "cpu/topk.h"
+
+namespace fastcl {
+
+namespace {
+
+// One query's synthetic negatives. None of them is formed: their logits follow from the hard keys'
+// similarities, and their part of the gradient from weights on the hard keys.
+template <class T>
+class Mixer {
+ public:
+  Mixer(const Mochi<T>& args, const Rows<T>& keys, int64_t stride, Scratch& scratch)
+      : args_(args), keys_(keys), stride_(stride), count_(args.n_mix + args.n_query_mix) {
+    hard_ = scratch.take<T>(kKeySlot, args.n_hard * stride);
+    weight_ = scratch.take<T>(kSumSlot, 2 * args.n_hard + 2 * count_);
+    squared_ = weight_ + args.n_hard;
+    logit_ = squared_ + args.n_hard;
+    inverse_ = logit_ + count_;
+  }
+
+  // Log-sum-exp of the synthetic logits of query i, merged into (max, sum).
+  void add(int64_t i, const T* query, const T* similarity, const int64_t* index, T scale2, T* max, T* sum) {
+    first_ = args_.first + i * args_.n_mix;
+    second_ = args_.second + i * args_.n_mix;
+    alpha_ = args_.alpha + i * args_.n_mix;
+    partner_ = args_.partner + i * args_.n_query_mix;
+    beta_ = args_.beta + i * args_.n_query_mix;
+    for (int64_t r = 0; r < args_.n_hard; r++) {
+      k_.load_rows(hard_ + r * stride_, stride_, keys_.source(index[r]), keys_.dtype, keys_.stride, 1, keys_.width,
+                   nullptr);
+      squared_[r] = k_.dot(hard_ + r * stride_, hard_ + r * stride_, stride_);
+    }
+    const T query_squared = k_.dot(query, query, stride_);
+    for (int64_t h = 0; h < args_.n_mix; h++) {
+      const int64_t a = first_[h], b = second_[h];
+      set(h, alpha_[h], similarity[a], squared_[a], similarity[b], squared_[b],
+          k_.dot(hard_ + a * stride_, hard_ + b * stride_, stride_), scale2);
+    }
+    for (int64_t h = 0; h < args_.n_query_mix; h++) {
+      const int64_t b = partner_[h];
+      set(args_.n_mix + h, beta_[h], query_squared, query_squared, similarity[b], squared_[b], similarity[b], scale2);
+    }
+    T highest = *max;
+    for (int64_t h = 0; h < count_; h++) highest = logit_[h] > highest ? logit_[h] : highest;
+    *sum *= std::exp2(*max - highest);
+    for (int64_t h = 0; h < count_; h++) *sum += std::exp2(logit_[h] - highest);
+    *max = highest;
+  }
+
+  // out += sum_h exp2(logit_h - max) h, for the query of the last add().
+  void add_weighted(const T* query, T max, T* out) {
+    std::fill_n(weight_, args_.n_hard, T(0));
+    for (int64_t h = 0; h < args_.n_mix; h++) {
+      const T w = std::exp2(logit_[h] - max) * inverse_[h];
+      weight_[first_[h]] += w * alpha_[h];
+      weight_[second_[h]] += w * (1 - alpha_[h]);
+    }
+    T on_query = 0;
+    for (int64_t h = 0; h < args_.n_query_mix; h++) {
+      const T w = std::exp2(logit_[args_.n_mix + h] - max) * inverse_[args_.n_mix + h];
+      on_query += w * beta_[h];
+      weight_[partner_[h]] += w * (1 - beta_[h]);
+    }
+    for (int64_t r = 0; r < args_.n_hard; r++)
+      if (weight_[r] != 0) k_.add_scaled(out, hard_ + r * stride_, weight_[r], stride_);
+    k_.add_scaled(out, query, on_query, stride_);
+  }
+
+ private:
+  // The mix w u + (1 - w) v, given the similarities of u and v to the query and their products.
+  void set(int64_t h, T w, T u_similarity, T u_squared, T v_similarity, T v_squared, T product, T scale2) {
+    const T squared = w * w * u_squared + (1 - w) * (1 - w) * v_squared + 2 * w * (1 - w) * product;
+    const T norm = std::sqrt(std::max(squared, T(0)));
+    inverse_[h] = norm == 0 ? T(0) : 1 / std::max(norm, T(1e-12));
+    logit_[h] = scale2 * (w * u_similarity + (1 - w) * v_similarity) * inverse_[h];
+  }
+
+  const Kernels<T>& k_ = kernels<T>();
+  const Mochi<T>& args_;
+  const Rows<T>& keys_;
+  const int64_t stride_, count_;
+  const int64_t *first_, *second_, *partner_;
+  const T *alpha_, *beta_;
+  T *hard_, *weight_, *squared_, *logit_, *inverse_;
+};
+
+}  // namespace
+
+template <class T>
+void mochi(const Mochi<T>& args, const MochiResult<T>& result) {
+  const Kernels<T>& k = kernels<T>();
+  const UnitRows<T> query = unit_rows<T>({args.query}, true), positive = unit_rows<T>({args.positive}, true);
+  const int64_t n = query.count, stride = query.stride, width = query.width;
+  Problem<T> problem;
+  problem.query = query.as_rows();
+  problem.key = key_rows<T>(args.keys);
+  problem.scale2 = static_cast<T>(args.scale * kLog2E);
+  const Buffer<T> similarity = allocate<T>(n * args.n_hard);
+  const Buffer<int64_t> index = allocate<int64_t>(n * args.n_hard);
+  topk(problem, args.n_hard, similarity.get(), index.get());
+  const Attended<T> attended = attend(problem);
+
+  for_each_range(n, 8, [&](int64_t begin, int64_t end, Scratch& scratch) {
+    Mixer<T> mixer(args, problem.key, stride, scratch);
+    T* sum = scratch.take<T>(kQuerySlot, stride);
+    for (int64_t i = begin; i < end; i++) {
+      const LogSum<T> queue = attended.rows.negative(i);
+      T max = *queue.max, total = *queue.sum;
+      mixer.add(i, query.row(i), similarity.get() + i * args.n_hard, index.get() + i * args.n_hard, problem.scale2,
+                &max, &total);
+      const T positive_logit = static_cast<T>(args.scale * k.dot(query.row(i), positive.row(i), stride));
+      const SoftPlus<T> loss = softplus(log_sum_exp(max, total) - positive_logit);
+      result.loss[i] = loss.value;
+      if (result.query || result.scale) {
+        std::fill_n(sum, stride, T(0));
+        k.add_scaled(sum, attended.query.row(0, i), std::exp2(*queue.max - max), stride);
+        mixer.add_weighted(query.row(i), max, sum);
+        const T factor = weight_factor(loss.slope, max, total);
+        for (int64_t d = 0; d < stride; d++) sum[d] = sum[d] * factor - loss.slope * positive.row(i)[d];
+        const T radial = input_gradient(query, i, static_cast<T>(args.scale), sum);
+        if (result.scale) result.scale[i] = radial;
+        if (result.query) std::copy_n(sum, width, result.query + i * width);
+      }
+      if (result.positive) {
+        for (int64_t d = 0; d < stride; d++) sum[d] = -loss.slope * query.row(i)[d];
+        input_gradient(positive, i, static_cast<T>(args.scale), sum);
+        std::copy_n(sum, width, result.positive + i * width);
+      }
+    }
+  });
+}
+
+template void mochi<float>(const Mochi<float>&, const MochiResult<float>&);
+template void mochi<double>(const Mochi<double>&, const MochiResult<double>&);
+
+}  // namespace fastcl

@@ -84,7 +84,7 @@ def scalar(name: str, value: float | Tensor, like: Tensor, *, nonzero: bool = Fa
         if value.device != like.device and value.device.type != "cpu":
             raise ValueError(f"{name} must be on {like.device} or the CPU, got {value.device}")
         return value.to(device=like.device, dtype=dtype, non_blocking=True)
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")

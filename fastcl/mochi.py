@@ -11,6 +11,7 @@ from fastcl import dispatch, ops
 from fastcl.checks import check_matrix, check_reduction, check_same, check_same_count, scalar
 from fastcl.losses import info_nce
 from fastcl.numerics import compute_dtype, reduce
+from fastcl.problem import Mochi
 from fastcl.queue import NegativeQueue
 
 
@@ -94,7 +95,7 @@ def mochi_loss(
         draws = _checked_draws(draws, query, n_hard, n_mix, n_query_mix)
     scale = scalar("temperature", temperature, query, nonzero=True).reciprocal()
     backend = dispatch.choose(dispatch.Request.of(query))
-    args = ops.Mochi(query, positive_key, scale, queue.keys, *draws, n_hard)
+    args = Mochi(query, positive_key, scale, queue.keys, *draws, n_hard)
     return reduce(ops.mochi(args, backend.name), reduction)
 
 

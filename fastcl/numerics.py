@@ -42,7 +42,8 @@ def inverse_norms(x: Tensor) -> Tensor:
     """``1 / max(norm, 1e-12)`` per row, shape (..., 1); 0 for a zero row, which so stays zero."""
     norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     zero = norms == 0
-    return norms.masked_fill(zero, 1.0).clamp_min(NORM_EPS).reciprocal().masked_fill(zero, 0.0)
+    inverse: Tensor = norms.masked_fill(zero, 1.0).clamp_min(NORM_EPS).reciprocal()
+    return inverse.masked_fill(zero, 0.0)
 
 
 def unit_rows(x: Tensor, normalize: bool = True) -> Tensor:

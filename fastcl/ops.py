@@ -153,19 +153,7 @@ def _enqueue(
     pointer.add_(count).remainder_(size)
 
 
-for _name, _kernel in (
-    ("stats_forward", _stats_forward),
-    ("stats_backward", _stats_backward),
-    ("one_positive", _one_positive),
-    ("topk", _topk),
-    ("mochi", _mochi),
-    ("enqueue", _enqueue),
-):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-
-
-@register_fake("fastcl::stats_forward")
-def _(*args: Any) -> tuple[Tensor, ...]:
+def _fake_stats_forward(*args: Any) -> tuple[Tensor, ...]:
     problem, (weighted_keys, _) = Problem(*args[:_PROBLEM_FIELDS]), args[_PROBLEM_FIELDS:]
     n, m = problem.query.shape[0], problem.key.shape[0] if problem.columns else 0
     new, dtype = problem.query.new_empty, compute_dtype(problem.query.dtype)
@@ -173,8 +161,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     return tuple(new(shape, dtype=dtype) for shape in ((5, n), (4, n), (5, m), (4, m), weighted))
 
 
-@register_fake("fastcl::stats_backward")
-def _(*args: Any) -> tuple[Tensor, ...]:
+def _fake_stats_backward(*args: Any) -> tuple[Tensor, ...]:
     problem, needs = Problem(*args[:_PROBLEM_FIELDS]), Needs(*args[-2])
     wanted = [
         problem.query if needs.query else None,
@@ -186,8 +173,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     return _filled(problem.query, *(None if x is None else x.new_empty(x.shape) for x in wanted))
 
 
-@register_fake("fastcl::one_positive")
-def _(*args: Any) -> tuple[Tensor, ...]:
+def _fake_one_positive(*args: Any) -> tuple[Tensor, ...]:
     loss_args, needs = OnePositive(*args[:_ONE_POSITIVE_FIELDS]), args[-2]
     dtype = compute_dtype(loss_args.query.dtype)
     new = loss_args.query.new_empty
@@ -199,22 +185,31 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     return (new((), dtype=dtype), *grads, loss_args.scale.new_empty(() if needs[3] else (0,)))
 
 
-@register_fake("fastcl::topk")
-def _(query: Tensor, key: Tensor, k: int, *args: Any) -> tuple[Tensor, Tensor]:
+def _fake_topk(query: Tensor, key: Tensor, k: int, *args: Any) -> tuple[Tensor, Tensor]:
     shape = (query.shape[0], k)
     dtype = compute_dtype(query.dtype)
     return query.new_empty(shape, dtype=dtype), query.new_empty(shape, dtype=torch.int64)
 
 
-@register_fake("fastcl::mochi")
-def _(query: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _fake_mochi(query: Tensor, *args: Any) -> tuple[Tensor, ...]:
     shapes = (query.shape[:1], query.shape, query.shape, query.shape[:1])
     return tuple(query.new_empty(shape, dtype=compute_dtype(query.dtype)) for shape in shapes)
 
 
-@register_fake("fastcl::enqueue")
-def _(*args: Any) -> None:
+def _fake_enqueue(*args: Any) -> None:
     return None
+
+
+for _name, _kernel, _fake in (
+    ("stats_forward", _stats_forward, _fake_stats_forward),
+    ("stats_backward", _stats_backward, _fake_stats_backward),
+    ("one_positive", _one_positive, _fake_one_positive),
+    ("topk", _topk, _fake_topk),
+    ("mochi", _mochi, _fake_mochi),
+    ("enqueue", _enqueue, _fake_enqueue),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    register_fake(f"fastcl::{_name}", _fake)
 
 
 def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -257,7 +252,7 @@ def _second_order_stats(
 ) -> tuple[Tensor | None, ...]:
     """The same gradients as a differentiable function of inputs and incoming gradients, dense."""
     inputs = _views(problem[:5])
-    rows, columns = reference.stats(Problem(*inputs, *problem[5:]))
+    rows, columns = reference.stats(Problem._make([*inputs, *problem[5:]]))
     if not problem.columns:
         return _differentiable_grad((rows,), (grad_rows,), inputs, needs)
     return _differentiable_grad((rows, columns), (grad_rows, grad_columns), inputs, needs)
@@ -279,7 +274,7 @@ class _Frozen:
         return self._tensor
 
 
-def _views(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _views(inputs: Sequence[Tensor | None]) -> list[Any]:
     """Distinct graph nodes for the inputs, so that one tensor given twice gets each role's gradient."""
     return [None if x is None else x.view_as(x) for x in inputs]
 
@@ -314,7 +309,7 @@ def _one_positive_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Ten
         negatives, negative_ids = (frozen.get() for frozen in ctx.frozen)
         views = _views(inputs)
         views[2] = negatives if views[2] is None else views[2]
-        args = OnePositive(*views, tensors[4], negative_ids, *ctx.flags)
+        args = OnePositive._make([*views, tensors[4], negative_ids, *ctx.flags])
         problem = args.problem()
         rows, columns = reference.stats(problem)
         loss = args.loss(rows[0], columns[0] if problem.columns else None)
@@ -347,7 +342,7 @@ def _mochi_gradient(ctx: Any, grad_losses: Tensor, *_: Tensor) -> tuple[Tensor |
     unused = (None,) * (len(Mochi._fields) - 3 + 1)
     if torch.is_grad_enabled():
         views = _views(inputs)
-        losses = reference.mochi(Mochi(*views, ctx.keys.get(), *draws, ctx.n_hard))
+        losses = reference.mochi(Mochi._make([*views, ctx.keys.get(), *draws, ctx.n_hard]))
         return (*_differentiable_grad((losses,), (grad_losses,), views, needs), *unused)
     grad_query, grad_positive, grad_scale = unit_grads
     column = grad_losses[:, None]

@@ -138,6 +138,6 @@ def similarity_topk(
         raise ValueError(f"k must be at least 1, got {k}")
     rule = PairRule() if rule is None else rule
     rule.check_against(query, key)
-    exclude = rule.exclude or (None, None)
+    exclude_query, exclude_key = rule.exclude or (None, None)
     chosen = dispatch.choose(dispatch.Request.of(query), backend)
-    return ops.topk(query.detach(), key.detach(), k, *exclude, normalize, chosen.name)
+    return ops.topk(query.detach(), key.detach(), k, exclude_query, exclude_key, normalize, chosen.name)

@@ -1,0 +1,87 @@
+"""What grows and what does not: memory is linear, and the bits do not depend on the thread count."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from loss_table import LOSSES
+
+import fastcl
+from fastcl import testing
+
+GROWTH = """
+import resource, sys
+import torch, fastcl
+from fastcl import PairRule
+
+torch.set_num_threads(1)
+call, backend, rows = sys.argv[1], sys.argv[2], int(sys.argv[3])
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def step(rows):
+    rows = rows // 2 if call in ("nt_xent", "sup_con") else rows
+    z1, z2 = (torch.randn(rows, 64, requires_grad=True) for _ in range(2))
+    if call == "nt_xent":
+        loss = fastcl.nt_xent(z1, z2)
+    elif call == "sup_con":
+        loss = fastcl.sup_con(torch.stack([z1, z2], 1), torch.arange(rows) % 100)
+    elif call == "clip_loss":
+        loss = fastcl.clip_loss(z1, z2, 10.0, reduction="none").sum()
+    else:
+        loss = z1.sum() + z2.sum() + fastcl.similarity_topk(z1, z2, 16)[0].sum()
+    loss.backward()
+
+with fastcl.use_backend(backend):
+    step(64)
+    before = peak()
+    step(rows)
+    print(peak() - before)
+"""
+
+
+CALLS = [("cpu", 16384, call) for call in ("nt_xent", "sup_con", "clip_loss", "top-k")]
+CALLS += [("chunked", 4096, call) for call in ("sup_con", "clip_loss")]
+
+
+@pytest.mark.parametrize(("name", "rows", "call"), CALLS)
+def test_no_matrix_of_all_pairs_is_stored(name, rows, call):
+    command = [sys.executable, "-c", GROWTH, call, name, str(rows)]
+    grown = float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    # plain PyTorch keeps at least three such matrices, 'chunked' a number of 8 MiB tiles
+    matrix = rows * rows * 4 / 2**20
+    assert grown < 180 < 3 * matrix, f"{grown:.0f} MiB, one matrix is {matrix:.0f} MiB"
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(65, 63, 64), (700, 1500, 40)], ids=str)
+def test_the_same_bits_for_any_number_of_threads(dtype, shape, threads):
+    case = testing.make_case("random", shape)
+    factor = torch.tensor(0.1, dtype=torch.float64)
+
+    def everything(count):
+        threads(count)
+        results = []
+        for name in ("info_nce", "info_nce-negatives", "nt_xent", "clip_loss", "sup_con"):
+            loss = LOSSES[name]
+            inputs = [x.to(dtype) for x in loss.inputs(case)]
+            for reduction in ("mean", "none"):
+                results.append(
+                    testing.value_and_grads(
+                        lambda *x, f=loss, r=reduction: f.product(*x, reduction=r), [*inputs, factor]
+                    )
+                )
+        results.append(fastcl.similarity_topk(case.query.to(dtype), case.key.to(dtype), 9))
+        return results
+
+    with fastcl.use_backend("cpu"):
+        one, two, three = (everything(count) for count in (1, 2, 3))
+    torch.testing.assert_close(two, one, rtol=0, atol=0)
+    torch.testing.assert_close(three, one, rtol=0, atol=0)

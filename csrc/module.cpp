@@ -1,5 +1,5 @@
-// The extension's ops, in torch's stable ABI. They allocate nothing on their own: Python hands them
-// inputs whose last dimension is contiguous, and the outputs.
+// The extension's ops, in torch's stable ABI. But for the whole loss, where every microsecond counts,
+// Python hands them inputs whose last dimension is contiguous, and the outputs.
 #include <optional>
 
 #include <torch/csrc/stable/library.h>
@@ -38,6 +38,10 @@ const int64_t* ids_of(const OptionalTensor& ids) {
 template <class T>
 T* out_of(const Tensor& x) {
   return x.numel() ? static_cast<T*>(x.mutable_data_ptr()) : nullptr;
+}
+// With the last dimension contiguous; rows may be any distance apart.
+Tensor row_contiguous(const Tensor& x) {
+  return x.size(1) <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x);
 }
 Input input_of(const Tensor& x) {
   return {x.const_data_ptr(), dtype_of(x), x.stride(0), x.size(0), x.size(1)};
@@ -185,10 +189,23 @@ void stats_backward(Tensor x, Tensor y, double scale, OptionalTensor bias2, Opti
   is_double(x) ? run(0.0) : run(0.0f);
 }
 
-void one_positive_op(Tensor query, Tensor positive, OptionalTensor negatives, Tensor scale,
-                     OptionalTensor query_ids, OptionalTensor negative_ids, int64_t layout, bool normalize,
-                     bool normalize_negatives, bool mean, Tensor loss, Tensor grad_query, Tensor grad_positive,
-                     Tensor grad_negatives, Tensor grad_scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> one_positive_op(
+    Tensor query, Tensor positive, OptionalTensor negatives, Tensor scale, OptionalTensor query_ids,
+    OptionalTensor negative_ids, int64_t layout, bool normalize, bool normalize_negatives, bool mean,
+    int64_t needs) {
+  query = row_contiguous(query);
+  positive = row_contiguous(positive);
+  if (negatives) negatives = row_contiguous(*negatives);
+  using torch::headeronly::ScalarType;
+  const ScalarType dtype = is_double(query) ? ScalarType::Double : ScalarType::Float;
+  auto gradient = [&](const Tensor& x, int bit) {
+    const bool needed = needs >> bit & 1;
+    return needed ? torch::stable::new_empty(query, x.sizes(), dtype) : torch::stable::new_empty(query, {0}, dtype);
+  };
+  Tensor loss = torch::stable::new_empty(query, {}, dtype);
+  Tensor grad_query = gradient(query, 0), grad_positive = gradient(positive, 1);
+  Tensor grad_negatives = negatives ? gradient(*negatives, 2) : torch::stable::new_empty(query, {0}, dtype);
+  Tensor grad_scale = needs >> 3 & 1 ? torch::stable::new_empty(scale, {}) : torch::stable::new_empty(scale, {0});
   const OnePositive args{input_of(query),
                          input_of(positive),
                          negatives ? input_of(*negatives) : Input{},
@@ -205,6 +222,7 @@ void one_positive_op(Tensor query, Tensor positive, OptionalTensor negatives, Te
                            out_of<T>(grad_negatives), out_of<double>(grad_scale)});
   };
   is_double(query) ? run(0.0) : run(0.0f);
+  return {loss, grad_query, grad_positive, grad_negatives, grad_scale};
 }
 
 void topk_op(Tensor query, Tensor key, OptionalTensor exclude_query, OptionalTensor exclude_key, Tensor values,
@@ -260,10 +278,6 @@ STABLE_TORCH_LIBRARY(fastcl_native, m) {
       "Tensor row_state, Tensor grad_columns, Tensor column_state, Tensor(a!) query_sums, Tensor(b!) key_sums, "
       "Tensor(c!) bias_sums) -> ()");
   m.def(
-      "one_positive(Tensor query, Tensor positive, Tensor? negatives, Tensor scale, Tensor? query_ids, "
-      "Tensor? negative_ids, int layout, bool normalize, bool normalize_negatives, bool mean, Tensor(a!) loss, "
-      "Tensor(b!) grad_query, Tensor(c!) grad_positive, Tensor(d!) grad_negatives, Tensor(e!) grad_scale) -> ()");
-  m.def(
       "topk(Tensor query, Tensor key, Tensor? exclude_query, Tensor? exclude_key, Tensor(a!) values, "
       "Tensor(b!) indices) -> ()");
   m.def(
@@ -277,7 +291,6 @@ STABLE_TORCH_LIBRARY(fastcl_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CPU, m) {
   m.impl("stats_forward", TORCH_BOX(&fastcl::stats_forward));
   m.impl("stats_backward", TORCH_BOX(&fastcl::stats_backward));
-  m.impl("one_positive", TORCH_BOX(&fastcl::one_positive_op));
   m.impl("mochi", TORCH_BOX(&fastcl::mochi_op));
   m.impl("topk", TORCH_BOX(&fastcl::topk_op));
 }
@@ -285,3 +298,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CompositeExplicitAutograd, m) {
   m.impl("isa_levels", TORCH_BOX(&fastcl::isa_levels));
   m.impl("force_isa", TORCH_BOX(&fastcl::force_isa_op));
 }
+// the schema is in Python
+STABLE_TORCH_LIBRARY_IMPL(fastcl, CPU, m) { m.impl("one_positive", TORCH_BOX(&fastcl::one_positive_op)); }

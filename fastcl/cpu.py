@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from fastcl.numerics import LOG2E, compute_dtype, unit_rows
-from fastcl.one_positive import LAYOUTS, OnePositive
 from fastcl.problem import (
     Mochi,
     Needs,
@@ -56,33 +53,6 @@ def stats_backward(
     )
     pairs = PairGradients(*(x if want else None for x, want in zip(sums, wanted, strict=True)))
     return input_gradients(problem, prepared, pairs, needs)
-
-
-def one_positive(args: OnePositive, needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    """The loss, and the gradients of query, positive, negatives and scale for an incoming 1."""
-    dtype = compute_dtype(args.query.dtype)
-    inputs = (args.query, args.positive, args.negatives)
-    new = args.query.new_empty
-    grads = [
-        new(x.shape if needed and x is not None else (0,), dtype=dtype)
-        for x, needed in zip(inputs, needs, strict=False)
-    ]
-    outputs = (new((), dtype=dtype), *grads, args.scale.new_empty(() if needs[3] else (0,)))
-    query, positive, negatives = (None if x is None else _row_contiguous(x) for x in inputs)
-    _native.one_positive(
-        query,
-        positive,
-        negatives,
-        args.scale,
-        None if args.query_ids is None else args.query_ids.contiguous(),
-        None if args.negative_ids is None else args.negative_ids.contiguous(),
-        LAYOUTS.index(args.layout),
-        args.normalize,
-        args.normalize_negatives,
-        args.reduction == "mean",
-        *outputs,
-    )
-    return outputs
 
 
 def topk(

@@ -190,8 +190,6 @@ def sup_con(
         raise ValueError("labels and mask cannot both be given")
     if base_temperature is not None and not base_temperature > 0:
         raise ValueError(f"base_temperature must be positive, got {base_temperature}")
-    if features.dim() == 2:
-        features = features[:, None]
     temperature_scalar = scalar("temperature", temperature, features, nonzero=True)
     problem = _sup_con_problem(
         features, labels, mask, temperature_scalar.reciprocal(), contrast_mode, normalize
@@ -218,8 +216,10 @@ def _sup_con_problem(
     contrast_mode: str,
     normalize: bool,
 ) -> Problem:
-    samples, views, _ = features.shape
-    key = features.transpose(0, 1).flatten(0, 1)  # [V * B, D], view-major
+    samples, views = features.shape[0], features.shape[1] if features.dim() == 3 else 1
+    key = (
+        features.transpose(0, 1).flatten(0, 1) if features.dim() == 3 else features
+    )  # [V * B, D], view-major
     table = None
     sample_ids = torch.arange(samples, device=features.device)
     if mask is not None:
@@ -272,10 +272,7 @@ def _positive_table(mask: Tensor, samples: int, features: Tensor) -> Tensor:
 def _one_positive(args: OnePositive) -> Tensor:
     backend = dispatch.choose(dispatch.Request.of(args.query))
     if backend.whole_loss and args.reduction != "none":
-        inputs = (args.query, args.positive, args.negatives, args.scale)
-        grad = torch.is_grad_enabled()
-        needs = [grad and x is not None and x.requires_grad for x in inputs]
-        return ops.one_positive(args, needs, backend.name)
+        return ops.one_positive(args)
     stats = problem_stats(args.problem(), args.layout == PAIRS, backend.name)
     return args.loss(stats.lse_neg, None if stats.columns is None else stats.columns.lse_neg)
 

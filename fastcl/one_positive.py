@@ -14,16 +14,15 @@ from torch import Tensor
 from fastcl.numerics import reduce, row_dot, softplus, unit_rows
 from fastcl.problem import Problem
 
-# What the rows are compared with:
-VIEWS = "views"  # both sides of query and positive, stacked, with each other (NT-Xent)
-BATCH = "batch"  # query with all positives (InfoNCE in-batch)
-PAIRS = "pairs"  # query with all positives and the reverse, averaged (CLIP)
-NEGATIVES = "negatives"  # query with the given negatives (InfoNCE, MoCo)
-LAYOUTS = (VIEWS, BATCH, PAIRS, NEGATIVES)
+# Layouts: what the rows are compared with.
+VIEWS = 0  # both sides of query and positive, stacked, with each other (NT-Xent)
+BATCH = 1  # query with all positives (InfoNCE in-batch)
+PAIRS = 2  # query with all positives and the reverse, averaged (CLIP)
+NEGATIVES = 3  # query with the given negatives (InfoNCE, MoCo)
 
 
 class OnePositive(NamedTuple):
-    """Arguments of one loss, in the order of the op's schema."""
+    """Arguments of one loss, in the order of the op's schema (whose last one says only: mean or sum)."""
 
     query: Tensor  # (N, D)
     positive: Tensor  # (N, D)
@@ -31,7 +30,7 @@ class OnePositive(NamedTuple):
     scale: Tensor  # ()
     query_ids: Tensor | None  # (N,) int64, with NEGATIVES: negatives of the same id are excluded
     negative_ids: Tensor | None  # (M,) int64
-    layout: str
+    layout: int
     normalize: bool  # query and positive
     normalize_negatives: bool
     reduction: str

@@ -22,12 +22,6 @@ _PROBLEM = (
     "Tensor? positive_query, Tensor? positive_key, Tensor? positive_table, "
     "Tensor? exclude_query, Tensor? exclude_key, bool normalize, bool columns, bool symmetric"
 )
-_ONE_POSITIVE = (
-    "Tensor query, Tensor positive, Tensor? negatives, Tensor scale, "
-    "Tensor? query_ids, Tensor? negative_ids, str layout, "
-    "bool normalize, bool normalize_negatives, str reduction"
-)
-
 _library = Library("fastcl", "DEF")
 _library.define(
     f"stats_forward({_PROBLEM}, bool weighted_keys, str backend) -> "
@@ -37,8 +31,10 @@ _library.define(
     f"stats_backward({_PROBLEM}, Tensor grad_rows, Tensor grad_columns, Tensor row_state, "
     "Tensor column_state, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+# the whole loss: its kernels are registered by the extension, per device
 _library.define(
-    f"one_positive({_ONE_POSITIVE}, bool[] needs, str backend) -> "
+    "one_positive(Tensor query, Tensor positive, Tensor? negatives, Tensor scale, Tensor? query_ids, "
+    "Tensor? negative_ids, int layout, bool normalize, bool normalize_negatives, bool mean, int needs) -> "
     "(Tensor loss, Tensor grad_query, Tensor grad_positive, Tensor grad_negatives, Tensor grad_scale)"
 )
 _library.define(
@@ -68,9 +64,13 @@ def stats(problem: Problem, backend: str, weighted_keys: bool = False) -> tuple[
     return rows, columns
 
 
-def one_positive(args: OnePositive, needs: Sequence[bool], backend: str) -> Tensor:
-    """The 'mean' or 'sum' loss; ``needs`` says which of query, positive, negatives, scale want gradients."""
-    loss: Tensor = torch.ops.fastcl.one_positive(*args, needs, backend)[0]
+def one_positive(args: OnePositive) -> Tensor:
+    """The 'mean' or 'sum' loss, differentiable, by one op on the inputs' device."""
+    needs = 0
+    if torch.is_grad_enabled():
+        for bit, x in enumerate(args[:4]):
+            needs |= (x is not None and x.requires_grad) << bit
+    loss: Tensor = torch.ops.fastcl.one_positive(*args[:-1], args.reduction == "mean", needs)[0]
     return loss
 
 
@@ -121,12 +121,6 @@ def _stats_backward(*args: Any) -> tuple[Tensor, ...]:
         return _filled(problem.query, *_MODULES[backend].stats_backward(problem, *tensors, Needs(*needs)))
 
 
-def _one_positive(*args: Any) -> tuple[Tensor, ...]:
-    loss_args, (needs, backend) = OnePositive(*args[:_ONE_POSITIVE_FIELDS]), args[_ONE_POSITIVE_FIELDS:]
-    outputs: tuple[Tensor, ...] = _MODULES[backend].one_positive(loss_args, needs)
-    return outputs
-
-
 def _topk(*args: Any) -> tuple[Tensor, Tensor]:
     *arguments, backend = args
     with torch.autocast(arguments[0].device.type, enabled=False):
@@ -174,15 +168,13 @@ def _fake_stats_backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_one_positive(*args: Any) -> tuple[Tensor, ...]:
-    loss_args, needs = OnePositive(*args[:_ONE_POSITIVE_FIELDS]), args[-2]
-    dtype = compute_dtype(loss_args.query.dtype)
-    new = loss_args.query.new_empty
-    inputs = (loss_args.query, loss_args.positive, loss_args.negatives)
+    query, needs = args[0], args[-1]
+    dtype = compute_dtype(query.dtype)
     grads = (
-        new(x.shape if needed and x is not None else (0,), dtype=dtype)
-        for x, needed in zip(inputs, needs, strict=False)
+        query.new_empty(x.shape if x is not None and needs >> bit & 1 else (0,), dtype=dtype)
+        for bit, x in enumerate(args[:3])
     )
-    return (new((), dtype=dtype), *grads, loss_args.scale.new_empty(() if needs[3] else (0,)))
+    return (query.new_empty((), dtype=dtype), *grads, args[3].new_empty(() if needs >> 3 & 1 else (0,)))
 
 
 def _fake_topk(query: Tensor, key: Tensor, k: int, *args: Any) -> tuple[Tensor, Tensor]:
@@ -203,13 +195,13 @@ def _fake_enqueue(*args: Any) -> None:
 for _name, _kernel, _fake in (
     ("stats_forward", _stats_forward, _fake_stats_forward),
     ("stats_backward", _stats_backward, _fake_stats_backward),
-    ("one_positive", _one_positive, _fake_one_positive),
     ("topk", _topk, _fake_topk),
     ("mochi", _mochi, _fake_mochi),
     ("enqueue", _enqueue, _fake_enqueue),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     register_fake(f"fastcl::{_name}", _fake)
+register_fake("fastcl::one_positive", _fake_one_positive)
 
 
 def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -224,12 +216,13 @@ def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.flags, ctx.backend, ctx.weighted_keys = problem[_PROBLEM_TENSORS:], backend, weighted_keys
 
 
-def _stats_gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+def _stats_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, row_state, column_state, weighted = ctx.saved_tensors
     problem = Problem(*tensors, *ctx.flags)
     needs = Needs(*ctx.needs_input_grad[:5])
     unused = (None,) * (_PROBLEM_FIELDS - 5 + 2)
-    grad_rows, grad_columns = grads[0], grads[2]
+    grad_rows = row_state.new_zeros(5, row_state.shape[1]) if grads[0] is None else grads[0]
+    grad_columns = column_state.new_zeros(5, column_state.shape[1]) if grads[2] is None else grads[2]
     if torch.is_grad_enabled():
         if ctx.weighted_keys:
             key, exclude_key = (frozen.get() for frozen in ctx.frozen)
@@ -290,21 +283,22 @@ def _differentiable_grad(
 
 
 def _save_one_positive(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    args = OnePositive(*inputs[:_ONE_POSITIVE_FIELDS])
+    *fields, mean, ctx.needs = inputs
+    args = OnePositive._make([*fields, "mean" if mean else "sum"])
     ctx.mark_non_differentiable(*output[1:])
     tensors = list(args[:_ONE_POSITIVE_TENSORS])
     frozen = args.negatives is not None and not args.negatives.requires_grad
     ctx.frozen = _Frozen(args.negatives if frozen else None), _Frozen(args.negative_ids)
     tensors[2], tensors[5] = None if frozen else args.negatives, None
     ctx.save_for_backward(*tensors, *output[1:])
-    ctx.flags, ctx.needs = args[_ONE_POSITIVE_TENSORS:], inputs[-2]
+    ctx.flags = args[_ONE_POSITIVE_TENSORS:]
 
 
 def _one_positive_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     inputs, unit_grads = tensors[:4], tensors[_ONE_POSITIVE_TENSORS:]
     needs = ctx.needs_input_grad[:4]
-    unused = (None,) * (_ONE_POSITIVE_FIELDS - 4 + 2)
+    unused = (None,) * (_ONE_POSITIVE_FIELDS - 4 + 1)
     if torch.is_grad_enabled():
         negatives, negative_ids = (frozen.get() for frozen in ctx.frozen)
         views = _views(inputs)
@@ -314,18 +308,13 @@ def _one_positive_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Ten
         rows, columns = reference.stats(problem)
         loss = args.loss(rows[0], columns[0] if problem.columns else None)
         return (*_differentiable_grad((loss,), (grad_loss,), views, needs), *unused)
-    missing = [i for i, needed in enumerate(needs) if needed and not ctx.needs[i]]
-    if missing:
-        raise RuntimeError(
-            "fastcl::one_positive was called with needs=False for an input that needs a gradient"
-        )
-    return (
-        *(
-            (grad_loss.to(grad.dtype) * grad).to(x.dtype) if needed else None
-            for x, grad, needed in zip(inputs, unit_grads, needs, strict=True)
-        ),
-        *unused,
-    )
+    if any(needed and not ctx.needs >> bit & 1 for bit, needed in enumerate(needs)):
+        raise RuntimeError("fastcl::one_positive was called without a need for a gradient that is now wanted")
+    found = [
+        (grad_loss * grad).to(x.dtype) if needed else None
+        for x, grad, needed in zip(inputs, unit_grads, needs, strict=True)
+    ]
+    return (*found, *unused)
 
 
 def _save_mochi(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -361,13 +350,16 @@ def _register_autograd(name: str, save: Callable[..., None], gradient: Callable[
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+            ctx.set_materialize_grads(False)
             with torch._C._AutoDispatchBelowAutograd():
                 outputs: tuple[Tensor, ...] = op(*args)
             save(ctx, args, outputs)
             return outputs
 
         @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> Any:
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            if all(grad is None for grad in grads):
+                return (None,) * len(ctx.needs_input_grad)
             return gradient(ctx, *grads)
 
     def kernel(*args: Any) -> tuple[Tensor, ...]:

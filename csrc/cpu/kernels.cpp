@@ -141,13 +141,14 @@ void split(Tile<T> tile, Tile<T> positive, Ids ids, T* lane_sum, T* lane_count, 
     const int64_t id = ids.row[r];
     T sum = 0, count = 0;
     for (int64_t i = 0; i < tile.lanes; i++) {
-      if (ids.lane[i] != id || is_empty(s[i])) continue;
-      p[i] = s[i];
-      s[i] = excluded_logit<T>;
-      lane_sum[i] += p[i];
-      lane_count[i] += 1;
-      sum += p[i];
-      count += 1;
+      const bool is_positive = ids.lane[i] == id && !is_empty(s[i]);
+      const T value = is_positive ? s[i] : T(0), one = is_positive ? T(1) : T(0);
+      p[i] = is_positive ? s[i] : excluded_logit<T>;
+      s[i] = is_positive ? excluded_logit<T> : s[i];
+      lane_sum[i] += value;
+      lane_count[i] += one;
+      sum += value;
+      count += one;
     }
     row_sum[r] += sum;
     row_count[r] += count;

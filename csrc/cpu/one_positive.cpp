@@ -10,6 +10,8 @@ namespace fastcl {
 
 namespace {
 
+constexpr int64_t kSingleTile = 128;  // rows: above it, threads and symmetry gain more than reuse
+
 template <class T>
 class Loss {
  public:
@@ -47,7 +49,9 @@ class Loss {
     const bool gradients = result_.query || result_.positive || result_.negatives || result_.scale;
     const bool keys_wanted = args_.layout == Layout::negatives ? result_.negatives : result_.positive;
     const bool two_sided = args_.layout == Layout::views || args_.layout == Layout::pairs;
-    if (!gradients || two_sided || (keys_wanted && !strips_fit(problem_)))
+    if (problem_.symmetric && rows_ <= kSingleTile)
+      run_single_tile(gradients);
+    else if (!gradients || two_sided || (keys_wanted && !strips_fit(problem_)))
       run_two_passes(gradients, keys_wanted);
     else if (keys_wanted)
       run_strips();
@@ -96,6 +100,25 @@ class Loss {
       }
     });
     return weights;
+  }
+
+  // A small batch of views: one tile, whose similarities serve both passes.
+  void run_single_tile(bool gradients) {
+    const Kernels<T>& k = kernels<T>();
+    const int64_t block = round_up(rows_, kLaneUnit);
+    const Buffer<T> packed = allocate<T>(block * query_.width), similarities = allocate<T>(rows_ * block);
+    const Tile<T> tile{similarities.get(), block, rows_, rows_};
+    k.pack_lanes(packed.get(), query_.row(0), query_.stride, rows_, query_.width, problem_.scale2);
+    k.logits(tile, query_.row(0), query_.stride, packed.get(), query_.width, nullptr);
+    k.exclude(tile, problem_.exclude);
+    const State<T> state = make_state<T>(rows_);
+    k.lane_log_sum(tile, state.negative(0));
+    const SideWeights<T> weights = weigh(state, T(1));
+    if (!gradients) return;
+    k.both_weights(tile, weights.negative(0), weights.negative(0));
+    const Buffer<T> sums = allocate_filled<T>(rows_ * query_.stride, T(0));
+    k.add_to_lanes(tile, query_.row(0), query_.stride, sums.get(), query_.stride, query_.stride);
+    finish([&](int64_t i, T* sum) { std::copy_n(sums.get() + i * query_.stride, query_.stride, sum); }, {});
   }
 
   void run_two_passes(bool gradients, bool keys_wanted) {

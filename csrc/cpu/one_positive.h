@@ -5,7 +5,7 @@
 
 namespace fastcl {
 
-// In this order in LAYOUTS of the Python side.
+// With the Python side's numbers.
 enum class Layout : int { views, batch, pairs, negatives };
 
 struct OnePositive {

@@ -251,8 +251,9 @@ def assert_within_budget(
     """Assert that ``got`` is as near to ``exact`` as plain PyTorch is, within twice its error.
 
     Checked for the largest element error and for the L2 norm of the error. Where ``exact`` is not
-    finite, or too large for the dtype, ``got`` must be the same. The floor is ``ulps`` units in the last place of the largest
-    element, and of ``unit`` in the dtype sums are formed in: almost nothing of a sum may be left.
+    finite, or too large for the dtype, ``got`` must be the same. The floor is ``ulps`` units in the
+    last place of the largest element, and of ``unit`` in the dtype sums are formed in: almost nothing
+    of a sum may be left.
 
     Args:
         got: the result under test.

@@ -7,10 +7,10 @@ import pytest
 import torch
 from loss_table import LOSSES
 from torch.library import opcheck
+from torch.overrides import TorchFunctionMode
 
 import fastcl
 from fastcl import testing
-from fastcl.one_positive import BATCH, NEGATIVES, PAIRS, VIEWS, OnePositive
 from fastcl.problem import Problem
 
 OPS = torch.ops.fastcl
@@ -77,22 +77,35 @@ def test_stats_ops(options, name):
         opcheck(OPS.stats_backward.default, (*plain, *states, needs, name))
 
 
-LAYOUTS = {VIEWS: False, BATCH: False, PAIRS: False, NEGATIVES: True}
+class Recorder(TorchFunctionMode):
+    """Keeps the calls of one op, as the losses make them."""
+
+    def __init__(self, name):
+        self.name, self.calls = name, []
+        super().__init__()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if str(function) == self.name:
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("loss_name", ["nt_xent", "info_nce", "info_nce-negatives", "clip_loss"])
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-def test_whole_loss_op(layout, dtype):
+def test_whole_loss_op(loss_name, dtype):
+    loss = LOSSES[loss_name]
     case = testing.make_case("random", (6, 7, 5))
-    inputs = [x.to(dtype).requires_grad_() for x in (case.query, case.positive, case.key)]
-    with_negatives = LAYOUTS[layout]
-    ids = case.ids if with_negatives else (None, None)
-    negatives = inputs[2] if with_negatives else None
-    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    for reduction in ("mean", "sum"):
-        arguments = OnePositive(*inputs[:2], negatives, scale, *ids, layout, True, True, reduction)
-        needs = [True, True, with_negatives, True]
-        opcheck(OPS.one_positive.default, (*arguments, needs, "cpu"))
+    factor = torch.tensor(loss.factor(0.5), dtype=torch.float64, requires_grad=True)
+    with fastcl.use_backend("cpu"), Recorder("fastcl.one_positive") as recorder:
+        for frozen in range(3):
+            inputs = [x.to(dtype, copy=True) for x in loss.inputs(case)]
+            for x in inputs[: len(inputs) - frozen]:
+                x.requires_grad_()
+            for reduction in ("mean", "sum"):
+                loss.product(*inputs, factor, reduction=reduction)
+    assert len(recorder.calls) == 6
+    for op, arguments in recorder.calls:
+        opcheck(op, arguments)
 
 
 @pytest.mark.parametrize("name", testing.backends())
@@ -104,11 +117,12 @@ def test_topk_op(name, excluded):
 
 
 @every_loss
-def test_compiles_as_one_graph(loss, backend):
+@streaming
+def test_compiles_as_one_graph(loss, name):
     inputs = [x.float() for x in loss.inputs(testing.make_case("random", (6, 7, 5)))]
-    for factor in (loss.factor(0.1), torch.tensor(loss.factor(0.1))):
-        torch._dynamo.reset()
-        for reduction in ("mean", "none"):
+    torch._dynamo.reset()
+    with fastcl.use_backend(name):
+        for factor, reduction in ((loss.factor(0.1), "none"), (torch.tensor(loss.factor(0.1)), "mean")):
             eager = partial(loss.product, reduction=reduction)
             compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
             got, exact = (

@@ -229,7 +229,8 @@ void topk_op(Tensor query, Tensor key, OptionalTensor exclude_query, OptionalTen
              Tensor indices) {
   auto run = [&](auto zero) {
     using T = decltype(zero);
-    const OwnedProblem<T> owned(query, key, 1.0, {}, exclude_query, exclude_key, {}, {}, false);
+    OwnedProblem<T> owned(query, key, 1.0, {}, exclude_query, exclude_key, {}, {}, false);
+    owned.problem.scale2 = 1;  // similarities themselves
     topk<T>(owned.problem, values.size(1), out_of<T>(values), out_of<int64_t>(indices));
   };
   is_double(query) ? run(0.0) : run(0.0f);

@@ -33,11 +33,12 @@ void rescale(int64_t lanes, const T* before, const T* now, T* sum, T* out, int64
 }
 
 template <class T>
-void attend_block(const Problem<T>& problem, int64_t begin, int64_t lanes, int64_t block, int64_t key_first,
-                  int64_t key_last, LogSum<T> state, T* out, int64_t width, Scratch& scratch) {
+void attend_block(const Problem<T>& problem, Selector<T>* selector, int64_t part, int64_t begin, int64_t lanes,
+                  int64_t block, int64_t key_first, int64_t key_last, LogSum<T> state, T* out, int64_t width,
+                  Scratch& scratch) {
   const Kernels<T>& k = kernels<T>();
   T* packed = scratch.take<T>(kPackedSlot, block * problem.query.width);
-  T* before = scratch.take<T>(kSumSlot, block);
+  T* before = scratch.take<T>(kQuerySlot, block);
   Tile<T> tile{scratch.take<T>(kTileSlot, kKeyRows * block), block, 0, lanes};
   std::fill_n(out, lanes * width, T(0));
   k.pack_lanes(packed, problem.query.row(begin), problem.query.stride, lanes, problem.query.width, problem.scale2);
@@ -46,6 +47,7 @@ void attend_block(const Problem<T>& problem, int64_t begin, int64_t lanes, int64
     int64_t key_stride;
     const T* key = problem.key.tile(key_begin, tile.rows, kKeySlot, scratch, &key_stride);
     block_logits(problem, tile, packed, key, key_stride, begin, key_begin);
+    if (selector) selector->offer(tile, begin, part, key_begin, scratch);
     std::copy_n(state.max, lanes, before);
     k.lane_max(tile, state.max);
     rescale(lanes, before, state.max, state.sum, out, width);
@@ -56,20 +58,26 @@ void attend_block(const Problem<T>& problem, int64_t begin, int64_t lanes, int64
 
 }  // namespace
 
+int64_t attend_parts(int64_t queries, int64_t keys) {
+  return ceil_div(queries, lane_block(queries, kMaxBlock)) >= 8
+             ? 1
+             : std::clamp<int64_t>(ceil_div(keys, 8 * kKeyRows), 1, 8);
+}
+
 template <class T>
-Attended<T> attend(const Problem<T>& problem) {
+Attended<T> attend(const Problem<T>& problem, Selector<T>* selector) {
   const int64_t queries = problem.query.count, keys = problem.key.count;
   const int64_t width = round_up(problem.query.width, kernels<T>().vector);
   const int64_t block = lane_block(queries, kMaxBlock), blocks = ceil_div(queries, block);
-  const int64_t key_parts = blocks >= 8 ? 1 : std::clamp<int64_t>(ceil_div(keys, 8 * kKeyRows), 1, 8);
+  const int64_t key_parts = attend_parts(queries, keys);
   std::vector<State<T>> states;
   for (int64_t p = 0; p < key_parts; p++) states.push_back(make_state<T>(queries));
   Partials<T> sums = make_partials<T>(key_parts, queries, width);
 
   for_each_task(blocks * key_parts, [&](int64_t task, Scratch& scratch) {
     const int64_t begin = task % blocks * block, part = task / blocks;
-    attend_block(problem, begin, std::min(block, queries - begin), block, keys * part / key_parts,
-                 keys * (part + 1) / key_parts, states[part].negative(begin), sums.row(part, begin), width, scratch);
+    attend_block(problem, selector, part, begin, std::min(block, queries - begin), block,
+                 keys * part / key_parts, keys * (part + 1) / key_parts, states[part].negative(begin), sums.row(part, begin), width, scratch);
   });
   if (key_parts == 1) return {std::move(states[0]), std::move(sums)};
 
@@ -155,7 +163,7 @@ AttendedKeys<T> attend_with_keys(const Problem<T>& problem, const std::function<
 }
 
 #define FASTCL_INSTANTIATE(T)                              \
-  template Attended<T> attend<T>(const Problem<T>&);       \
+  template Attended<T> attend<T>(const Problem<T>&, Selector<T>*);       \
   template bool strips_fit<T>(const Problem<T>&);          \
   template AttendedKeys<T> attend_with_keys<T>(const Problem<T>&, const std::function<T(int64_t, T, T)>&);
 FASTCL_INSTANTIATE(float)

@@ -334,15 +334,22 @@ void pair_weights(Tile<T> tile, Tile<T> positive, const typename Kernels<T>::Pai
 }
 
 template <class T>
-int64_t select_above(const T* logits, int64_t count, T threshold, int64_t first_index, T* values,
-                     int64_t* indices) {
-  int64_t kept = 0;
-  for (int64_t i = 0; i < count; i++) {
-    if (logits[i] <= threshold) continue;
-    values[kept] = logits[i];
-    indices[kept++] = first_index + i;
+int64_t select_above(Tile<T> tile, const T* threshold, Selected<T> selected) {
+  int64_t count = 0;
+  for (int64_t r = 0; r < tile.rows; r++) {
+    for (int64_t v = 0; v < vectors_of(tile); v++) {
+      const int64_t offset = v * kLanes<T>;
+      uint32_t above = not_at_most(load(tile.row(r) + offset), load(threshold + offset));
+      for (; above; above &= above - 1) {
+        const int64_t i = offset + __builtin_ctz(above);
+        selected.value[count] = tile.row(r)[i];
+        selected.place[2 * count] = static_cast<int32_t>(r);
+        selected.place[2 * count + 1] = static_cast<int32_t>(i);
+        count++;
+      }
+    }
   }
-  return kept;
+  return count;
 }
 
 template <class T>

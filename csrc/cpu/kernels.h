@@ -48,6 +48,13 @@ struct Ids {
   const int64_t* lane = nullptr;
 };
 
+// Pairs picked from a tile: their logits, and their row and lane in turn.
+template <class T>
+struct Selected {
+  T* value;
+  int32_t* place;
+};
+
 template <class T>
 struct Kernels {
   int64_t vector;  // lanes per vector; widths are padded to it
@@ -91,9 +98,8 @@ struct Kernels {
   };
   void (*pair_weights)(Tile<T> tile, Tile<T> positive, const PairWeight* lane, const PairWeight* row);
 
-  // Appends to `kept` the lanes whose logit is above their threshold (NaN counts as above).
-  int64_t (*select_above)(const T* logits, int64_t count, T threshold, int64_t first_index, T* values,
-                          int64_t* indices);
+  // Lists the pairs whose logit is above the threshold of their lane (NaN counts as above).
+  int64_t (*select_above)(Tile<T> tile, const T* threshold, Selected<T> selected);
 };
 
 // Each is defined by kernels.cpp, compiled once per instruction set.

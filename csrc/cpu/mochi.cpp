@@ -100,8 +100,17 @@ void mochi(const Mochi<T>& args, const MochiResult<T>& result) {
   problem.scale2 = static_cast<T>(args.scale * kLog2E);
   const Buffer<T> similarity = allocate<T>(n * args.n_hard);
   const Buffer<int64_t> index = allocate<int64_t>(n * args.n_hard);
-  topk(problem, args.n_hard, similarity.get(), index.get());
-  const Attended<T> attended = attend(problem);
+  const int64_t parts = attend_parts(n, args.keys.count);
+  const bool ordered = problem.scale2 > 0;  // logits and similarities rank alike: one pass finds both
+  Selector<T> selector(problem, args.n_hard, parts, ordered);
+  const Attended<T> attended = attend(problem, ordered ? &selector : nullptr);
+  if (ordered && selector.complete()) {
+    selector.write(problem.scale2, similarity.get(), index.get());
+  } else {
+    Problem<T> similarities = problem;
+    similarities.scale2 = 1;
+    topk(similarities, args.n_hard, similarity.get(), index.get());
+  }
 
   for_each_range(n, 8, [&](int64_t begin, int64_t end, Scratch& scratch) {
     Mixer<T> mixer(args, problem.key, stride, scratch);

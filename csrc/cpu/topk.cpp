@@ -1,102 +1,148 @@
 #include "cpu/topk.h"
 
 #include <algorithm>
-#include <numeric>
-#include <vector>
 
 namespace fastcl {
 
 namespace {
 
-template <class T>
-struct Candidate {
-  T value;
-  int64_t index;
-};
-// NaN sorts first, as in torch.topk; ties to the lower index.
-template <class T>
-bool before(const Candidate<T>& a, const Candidate<T>& b) {
-  const bool a_nan = std::isnan(a.value), b_nan = std::isnan(b.value);
-  if (a_nan != b_nan) return a_nan;
-  if (!a_nan && a.value != b.value) return a.value > b.value;
-  return a.index < b.index;
+constexpr int64_t kKeyRows = 96;
+constexpr int64_t kSampleStride = 16;  // one key in so many estimates the threshold
+
+int64_t parts_for(int64_t queries, int64_t keys) {
+  return ceil_div(queries, kMaxBlock) >= 8 ? 1 : std::clamp<int64_t>(ceil_div(keys, 8 * kKeyRows), 1, 8);
 }
 
-// The best k so far of one query, with room to collect more before the next selection.
 template <class T>
-class Best {
- public:
-  explicit Best(int64_t k) : k_(k) {}
-
-  void offer(const T* logits, int64_t count, int64_t first, T* values, int64_t* indices) {
-    const int64_t kept = kernels<T>().select_above(logits, count, threshold_, first, values, indices);
-    for (int64_t i = 0; i < kept; i++) candidates_.push_back({values[i], indices[i]});
-    if (static_cast<int64_t>(candidates_.size()) >= 2 * k_ + kMaxBlock) shrink();
-  }
-  // Keeps the best k; later keys must be above the worst of them (an equal one has a higher index).
-  void shrink() {
-    if (static_cast<int64_t>(candidates_.size()) <= k_) return;
-    std::nth_element(candidates_.begin(), candidates_.begin() + k_ - 1, candidates_.end(), before<T>);
-    candidates_.resize(k_);
-    threshold_ = candidates_[k_ - 1].value;
-  }
-  void append_to(std::vector<Candidate<T>>& all) {
-    shrink();
-    all.insert(all.end(), candidates_.begin(), candidates_.end());
-  }
-
- private:
-  int64_t k_;
-  T threshold_ = excluded_logit<T> / 2;
-  std::vector<Candidate<T>> candidates_;
-};
+void scan(const Problem<T>& problem, int64_t parts, Selector<T>& selector) {
+  const int64_t queries = problem.query.count, keys = problem.key.count;
+  const int64_t block = std::min(kMaxBlock, round_up(queries, kLaneUnit)), blocks = ceil_div(queries, block);
+  for_each_task(blocks * parts, [&](int64_t task, Scratch& scratch) {
+    const Kernels<T>& k = kernels<T>();
+    const int64_t begin = task % blocks * block, part = task / blocks;
+    const int64_t last = keys * (part + 1) / parts;
+    Tile<T> tile{scratch.take<T>(kTileSlot, kKeyRows * block), block, 0, std::min(block, queries - begin)};
+    T* packed = scratch.take<T>(kPackedSlot, block * problem.query.width);
+    k.pack_lanes(packed, problem.query.row(begin), problem.query.stride, tile.lanes, problem.query.width,
+                 problem.scale2);
+    for (int64_t first = keys * part / parts; first < last; first += kKeyRows) {
+      tile.rows = std::min(kKeyRows, last - first);
+      int64_t key_stride;
+      const T* key = problem.key.tile(first, tile.rows, kKeySlot, scratch, &key_stride);
+      k.logits(tile, key, key_stride, packed, problem.query.width, nullptr);
+      if (problem.exclude.row) k.exclude(tile, {problem.exclude.row + first, problem.exclude.lane + begin});
+      selector.offer(tile, begin, part, first, scratch);
+    }
+  });
+}
 
 }  // namespace
 
-// Queries are the rows here and keys the lanes: a query's logits lie side by side.
 template <class T>
-void topk(const Problem<T>& problem, int64_t k, T* values, int64_t* indices) {
-  const int64_t queries = problem.query.count, keys = problem.key.count;
-  constexpr int64_t kRows = 128, kLanesPerTile = 256;
-  const int64_t blocks = ceil_div(queries, kRows);
-  const int64_t parts = blocks >= 8 ? 1 : std::clamp<int64_t>(ceil_div(keys, 8 * kLanesPerTile), 1, 8);
-  std::vector<std::vector<Best<T>>> best(parts, std::vector<Best<T>>(queries, Best<T>(k)));
+Selector<T>::Selector(const Problem<T>& problem, int64_t k, int64_t parts, bool estimate)
+    : queries_(problem.query.count),
+      k_(k),
+      parts_(parts),
+      stride_(round_up(queries_, kLaneUnit)),
+      threshold_(allocate_filled<T>(parts * stride_, excluded_logit<T> / 2)),
+      candidates_(parts * queries_) {
+  const int64_t keys = problem.key.count, sampled = keys / kSampleStride;
+  const double expected = static_cast<double>(k) / kSampleStride;
+  const int64_t rank = static_cast<int64_t>(expected + 4 * std::sqrt(expected) + 4);
+  if (!estimate || keys < 64 * kSampleStride || 2 * rank > sampled) return;
+  estimated_ = true;
+  Problem<T> sample;
+  sample.query = problem.query;
+  sample.key = problem.key;
+  sample.key.stride *= kSampleStride;
+  sample.key.count = sampled;
+  sample.scale2 = problem.scale2;
+  Selector<T> selector(sample, rank, parts_for(queries_, sampled), false);
+  scan(sample, selector.parts_, selector);
+  const Buffer<T> values = allocate<T>(queries_ * rank);
+  const Buffer<int64_t> indices = allocate<int64_t>(queries_ * rank);
+  selector.write(1, values.get(), indices.get());
+  for (int64_t part = 0; part < parts; part++)
+    for (int64_t i = 0; i < queries_; i++)
+      threshold_[part * stride_ + i] = std::max(threshold_[part * stride_ + i], values[(i + 1) * rank - 1]);
+}
 
-  for_each_task(blocks * parts, [&](int64_t task, Scratch& scratch) {
-    const Kernels<T>& kernel = kernels<T>();
-    const int64_t begin = task % blocks * kRows, part = task / blocks;
-    const int64_t key_last = keys * (part + 1) / parts;
-    T* packed = scratch.take<T>(kPackedSlot, kLanesPerTile * problem.query.width);
-    T* selected = scratch.take<T>(kSumSlot, kLanesPerTile);
-    int64_t* selected_index = scratch.take<int64_t>(kPositiveSlot, kLanesPerTile);
-    Tile<T> tile{scratch.take<T>(kTileSlot, kRows * kLanesPerTile), kLanesPerTile, std::min(kRows, queries - begin), 0};
-    for (int64_t first = keys * part / parts; first < key_last; first += kLanesPerTile) {
-      tile.lanes = std::min(kLanesPerTile, key_last - first);
-      int64_t key_stride;
-      const T* key = problem.key.tile(first, tile.lanes, kKeySlot, scratch, &key_stride);
-      kernel.pack_lanes(packed, key, key_stride, tile.lanes, problem.query.width, T(1));
-      kernel.logits(tile, problem.query.row(begin), problem.query.stride, packed, problem.query.width, nullptr);
-      if (problem.exclude.row) kernel.exclude(tile, {problem.exclude.lane + begin, problem.exclude.row + first});
-      for (int64_t r = 0; r < tile.rows; r++)
-        best[part][begin + r].offer(tile.row(r), tile.lanes, first, selected, selected_index);
-    }
-  });
+// NaN sorts first, as in torch.topk.
+template <class T>
+bool Selector<T>::before(const Candidate& a, const Candidate& b) {
+  if (a.value > b.value || a.value < b.value) return a.value > b.value;
+  const bool a_nan = std::isnan(a.value), b_nan = std::isnan(b.value);
+  return a_nan == b_nan ? a.index < b.index : a_nan;
+}
 
-  for_each_range(queries, 16, [&](int64_t begin, int64_t end, Scratch&) {
-    std::vector<Candidate<T>> all;
+// Keeps the best k; later keys must be above the worst of them (an equal one has a higher index).
+template <class T>
+void Selector<T>::shrink(std::vector<Candidate>& candidates, T* threshold) const {
+  if (static_cast<int64_t>(candidates.size()) <= k_) return;
+  std::nth_element(candidates.begin(), candidates.begin() + k_ - 1, candidates.end(), before);
+  candidates.resize(k_);
+  *threshold = candidates[k_ - 1].value;
+}
+
+template <class T>
+void Selector<T>::offer(Tile<T> tile, int64_t query_begin, int64_t part, int64_t key_begin, Scratch& scratch) {
+  Selected<T> selected{scratch.take<T>(kPositiveSlot, tile.rows * tile.stride),
+                       scratch.take<int32_t>(kSumSlot, 2 * tile.rows * tile.stride)};
+  T* threshold = threshold_.get() + part * stride_ + query_begin;
+  const int64_t count = kernels<T>().select_above(tile, threshold, selected);
+  for (int64_t n = 0; n < count; n++) {
+    const int32_t lane = selected.place[2 * n + 1];
+    std::vector<Candidate>& candidates = candidates_[part * queries_ + query_begin + lane];
+    candidates.push_back({selected.value[n], key_begin + selected.place[2 * n]});
+    if (static_cast<int64_t>(candidates.size()) >= 2 * k_ + kMaxBlock) shrink(candidates, threshold + lane);
+  }
+}
+
+template <class T>
+bool Selector<T>::complete() const {
+  for (int64_t i = 0; estimated_ && i < queries_; i++) {
+    int64_t found = 0;
+    for (int64_t part = 0; part < parts_; part++) found += candidates_[part * queries_ + i].size();
+    if (found < k_) return false;
+  }
+  return true;
+}
+
+template <class T>
+void Selector<T>::write(T unit, T* values, int64_t* indices) {
+  for_each_range(queries_, 8, [&](int64_t begin, int64_t end, Scratch&) {
+    std::vector<Candidate> all;
     for (int64_t i = begin; i < end; i++) {
       all.clear();
-      for (auto& part : best) part[i].append_to(all);
-      const int64_t found = std::min<int64_t>(k, all.size());
-      std::partial_sort(all.begin(), all.begin() + found, all.end(), before<T>);
-      for (int64_t n = 0; n < k; n++) {
-        values[i * k + n] = n < found ? all[n].value : -INFINITY;
-        indices[i * k + n] = n < found ? all[n].index : -1;
+      for (int64_t part = 0; part < parts_; part++) {
+        const auto& some = candidates_[part * queries_ + i];
+        all.insert(all.end(), some.begin(), some.end());
+      }
+      T unused;
+      shrink(all, &unused);
+      std::sort(all.begin(), all.end(), before);
+      const int64_t found = all.size();
+      for (int64_t n = 0; n < k_; n++) {
+        values[i * k_ + n] = n < found ? all[n].value / unit : -INFINITY;
+        indices[i * k_ + n] = n < found ? all[n].index : -1;
       }
     }
   });
 }
 
+template <class T>
+void topk(const Problem<T>& problem, int64_t k, T* values, int64_t* indices) {
+  const int64_t parts = parts_for(problem.query.count, problem.key.count);
+  for (bool estimate : {true, false}) {
+    Selector<T> selector(problem, k, parts, estimate);
+    scan(problem, parts, selector);
+    if (!selector.complete()) continue;
+    return selector.write(problem.scale2, values, indices);
+  }
+}
+
+template class Selector<float>;
+template class Selector<double>;
 template void topk<float>(const Problem<float>&, int64_t, float*, int64_t*);
 template void topk<double>(const Problem<double>&, int64_t, double*, int64_t*);
 

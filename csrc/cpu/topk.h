@@ -1,11 +1,42 @@
 // The k most similar keys of each query, streaming.
 #pragma once
 
+#include <vector>
+
 #include "cpu/problem.h"
 
 namespace fastcl {
 
-// values and indices are (N, k) row-major; ties go to the lower index, missing entries are -inf and -1.
+// Collects each query's best k logits from tiles, in any order of tiles within a part. Keys below a
+// threshold are dropped at once: where k is small against the keys, a first one is estimated from a
+// sample of them, so that little more than k candidates per query are ever kept.
+template <class T>
+class Selector {
+ public:
+  Selector(const Problem<T>& problem, int64_t k, int64_t parts, bool estimate);
+
+  // Keys of a part must come in ascending order; parts may run on different threads.
+  void offer(Tile<T> tile, int64_t query_begin, int64_t part, int64_t key_begin, Scratch& scratch);
+  // Whether nothing can be missing: a query that found less than k may have had too high an estimate.
+  bool complete() const;
+  // Values and indices are (N, k), descending, ties to the lower index, padded with -inf and -1.
+  // `unit` is what one unit of similarity is in the logits.
+  void write(T unit, T* values, int64_t* indices);
+
+ private:
+  struct Candidate {
+    T value;
+    int64_t index;
+  };
+  static bool before(const Candidate& a, const Candidate& b);
+  void shrink(std::vector<Candidate>& candidates, T* threshold) const;
+
+  int64_t queries_, k_, parts_, stride_;
+  bool estimated_ = false;
+  Buffer<T> threshold_;                          // [parts, stride]
+  std::vector<std::vector<Candidate>> candidates_;  // [parts * queries]
+};
+
 template <class T>
 void topk(const Problem<T>& problem, int64_t k, T* values, int64_t* indices);
 

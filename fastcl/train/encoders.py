@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 
 from fastcl.checks import check_choice
@@ -37,6 +39,7 @@ def small_resnet(arch: str, width: int, in_channels: int) -> tuple[nn.Module, in
     for module in encoder.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    convert_conv2d_weight_memory_format(encoder, torch.channels_last)
     return encoder, channels
 
 

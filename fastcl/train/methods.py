@@ -34,7 +34,7 @@ class SimCLR(LightningModule):
         augment: Callable[[Tensor], Tensor],
         *,
         dim: int = 64,
-        temperature: float = 0.5,
+        temperature: float = 0.3,
         lr: float = 2e-3,
         weight_decay: float = 1e-4,
     ) -> None:

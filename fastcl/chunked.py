@@ -82,8 +82,8 @@ def stats_backward(
     """Gradients of query, key, scale, key_bias and key_scale, from the saved row states."""
     prepared = prepare(problem)
     want_query, want_key, want_bias = wanted_pairs(problem, needs)
-    query_sum = torch.zeros_like(prepared.query) if want_query else None
-    key_sum = torch.zeros_like(prepared.key) if want_key else None
+    query_sum = prepared.query.new_zeros(prepared.query.shape) if want_query else None
+    key_sum = prepared.key.new_zeros(prepared.key.shape) if want_key else None
     bias_sum = prepared.key.new_zeros(problem.key.shape[0]) if want_bias else None
     for chunk in row_chunks(problem.query.shape[0], problem.key.shape[0]):
         logits2 = _logits2(problem, prepared, chunk)

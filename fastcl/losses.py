@@ -273,6 +273,7 @@ def _one_positive(args: OnePositive) -> Tensor:
     backend = dispatch.choose(dispatch.Request.of(args.query))
     if backend.whole_loss and args.reduction != "none":
         return ops.one_positive(args)
+    args = args.in_compute_dtype()
     stats = problem_stats(args.problem(), args.layout == PAIRS, backend.name)
     return args.loss(stats.lse_neg, None if stats.columns is None else stats.columns.lse_neg)
 

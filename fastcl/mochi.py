@@ -126,7 +126,7 @@ def _checked_draws(draws: MochiDraws, query: Tensor, n_hard: int, n_mix: int, n_
             raise ValueError(f"draws.{name} must be on {query.device} like query, got {values.device}")
         if values.is_floating_point() != (name in ("alpha", "beta")):
             raise TypeError(f"draws.{name} has the wrong kind of dtype: {values.dtype}")
-        if values.device.type != "cpu" or values.numel() == 0:
+        if values.device.type != "cpu" or values.numel() == 0 or torch.compiler.is_compiling():
             continue
         low, high = values.min().item(), values.max().item()
         limit = {"alpha": 1.0, "beta": 0.5}.get(name, n_hard - 1)

@@ -20,14 +20,17 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def softplus(x: Tensor) -> Tensor:
-    """``log(1 + exp(x))`` without a cut-off; 0 with zero gradient at -inf."""
-    return torch.logaddexp(x, x.new_zeros(()))
+    """``log(1 + exp(x))`` without a cut-off, right in all derivatives; 0 with zero gradient at -inf."""
+    positive = x > 0
+    return torch.where(positive, x, 0.0) + torch.where(positive, -x, x).exp().log1p()
 
 
 def logaddexp(a: Tensor, b: Tensor) -> Tensor:
     """``log(exp(a) + exp(b))``; -inf with zero gradient where both are -inf."""
     empty = (a == -torch.inf) & (b == -torch.inf)
-    total = torch.logaddexp(a.masked_fill(empty, 0.0), b.masked_fill(empty, 0.0))
+    a, b = a.masked_fill(empty, 0.0), b.masked_fill(empty, 0.0)
+    swapped = a < b
+    total = torch.where(swapped, b, a) + softplus(torch.where(swapped, a - b, b - a))
     return total.masked_fill(empty, -torch.inf)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastcl.numerics import reduce, row_dot, softplus, unit_rows
+from fastcl.numerics import compute_dtype, reduce, row_dot, softplus, unit_rows
 from fastcl.problem import Problem
 
 # Layouts: what the rows are compared with.
@@ -34,6 +34,11 @@ class OnePositive(NamedTuple):
     normalize: bool  # query and positive
     normalize_negatives: bool
     reduction: str
+
+    def in_compute_dtype(self) -> OnePositive:
+        """Query and positive converted once: both enter twice, and their gradients should round once."""
+        dtype = compute_dtype(self.query.dtype)
+        return self._replace(query=self.query.to(dtype), positive=self.positive.to(dtype))
 
     def problem(self) -> Problem:
         """The statistics call whose ``lse_neg`` (rows, for PAIRS columns too) the loss is made of."""

@@ -304,6 +304,7 @@ def _one_positive_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Ten
         views = _views(inputs)
         views[2] = negatives if views[2] is None else views[2]
         args = OnePositive._make([*views, tensors[4], negative_ids, *ctx.flags])
+        args = args.in_compute_dtype()
         problem = args.problem()
         rows, columns = reference.stats(problem)
         loss = args.loss(rows[0], columns[0] if problem.columns else None)

@@ -105,7 +105,7 @@ def input_gradients(
 
     def side(x: Tensor, unit: Tensor, inverse: Tensor | None, grad_unit: Tensor) -> Tensor:
         grad = grad_unit if inverse is None else unit_rows_backward(grad_unit, unit, inverse)
-        return grad.to(x.dtype)
+        return grad.to(x.dtype).contiguous()
 
     grad_query = grad_key = grad_scale = grad_bias = grad_key_scale = None
     if needs.query and pairs.query is not None:

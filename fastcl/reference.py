@@ -77,7 +77,7 @@ def topk(
         similarity = similarity.masked_fill(exclude_query[:, None] == exclude_key[None, :], -torch.inf)
     similarity = torch.nn.functional.pad(similarity, (0, k), value=-torch.inf)
     values, indices = similarity.sort(dim=1, descending=True, stable=True)
-    values, indices = values[:, :k], indices[:, :k]
+    values, indices = values[:, :k].contiguous(), indices[:, :k].contiguous()
     return values, indices.masked_fill(values == -torch.inf, -1)
 
 

@@ -11,13 +11,15 @@ from fastcl.problem import Problem
 from fastcl.rules import PairRule
 from fastcl.stats import SimilarityStats, from_packed
 
+_ALL_NEGATIVE = PairRule()
+
 
 def similarity_stats(
     query: Tensor,
     key: Tensor,
     *,
     scale: float | Tensor = 1.0,
-    rule: PairRule | None = None,
+    rule: PairRule = _ALL_NEGATIVE,
     normalize: bool = False,
     key_bias: Tensor | None = None,
     key_scale: Tensor | None = None,
@@ -55,10 +57,7 @@ def similarity_stats(
     for name, vector in (("key_bias", key_bias), ("key_scale", key_scale)):
         if vector is not None:
             check_vector(name, vector, key)
-    rule = PairRule() if rule is None else rule
-    if not isinstance(rule, PairRule):
-        raise TypeError(f"rule must be a PairRule, got {type(rule).__name__}")
-    rule.check_against(query, key)
+    _check_rule(rule, query, key)
     symmetric = query is key and key_bias is None and key_scale is None and rule.is_symmetric()
     positive, exclude = rule.positive or (None, None), rule.exclude or (None, None)
     problem = Problem(
@@ -107,7 +106,7 @@ def similarity_topk(
     key: Tensor,
     k: int,
     *,
-    rule: PairRule | None = None,
+    rule: PairRule = _ALL_NEGATIVE,
     normalize: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -136,8 +135,13 @@ def similarity_topk(
         raise TypeError(f"k must be an int, got {type(k).__name__}")
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    rule = PairRule() if rule is None else rule
-    rule.check_against(query, key)
+    _check_rule(rule, query, key)
     exclude_query, exclude_key = rule.exclude or (None, None)
     chosen = dispatch.choose(dispatch.Request.of(query), backend)
     return ops.topk(query.detach(), key.detach(), k, exclude_query, exclude_key, normalize, chosen.name)
+
+
+def _check_rule(rule: PairRule, query: Tensor, key: Tensor) -> None:
+    if not isinstance(rule, PairRule):
+        raise TypeError(f"rule must be a PairRule, got {type(rule).__name__}")
+    rule.check_against(query, key)

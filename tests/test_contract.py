@@ -12,6 +12,8 @@ from loss_table import LOSSES, MASKED
 import fastcl
 from fastcl import native, testing
 
+ALL_NEGATIVE = inspect.signature(fastcl.similarity_stats).parameters["rule"].default
+
 # what users rely on; further options may follow, by keyword
 SIGNATURES = {
     "info_nce": "query, positive_key, negative_keys=None, temperature=0.1, reduction='mean', "
@@ -22,9 +24,9 @@ SIGNATURES = {
     "contrast_mode='all', variant='out', normalize=True, reduction='mean'",
     "SupConLoss": "temperature=0.07, contrast_mode='all', base_temperature=0.07",
     "clip_loss": "image_features, text_features, logit_scale, *, normalize=True, reduction='mean'",
-    "similarity_stats": "query, key, *, scale=1.0, rule=None, normalize=False, key_bias=None, "
+    "similarity_stats": "query, key, *, scale=1.0, rule=ALL_NEGATIVE, normalize=False, key_bias=None, "
     "key_scale=None, columns=False, backend='auto'",
-    "similarity_topk": "query, key, k, *, rule=None, normalize=False, backend='auto'",
+    "similarity_topk": "query, key, k, *, rule=ALL_NEGATIVE, normalize=False, backend='auto'",
     "PairRule": "positive=None, exclude=None",
     "use_backend": "name",
     "show_config": "",

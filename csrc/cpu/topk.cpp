@@ -44,7 +44,7 @@ Selector<T>::Selector(const Problem<T>& problem, int64_t k, int64_t parts, bool 
       k_(k),
       parts_(parts),
       stride_(round_up(queries_, kLaneUnit)),
-      threshold_(allocate_filled<T>(parts * stride_, excluded_logit<T> / 2)),
+      threshold_(allocate_filled<T>(parts * stride_, excluded_logit<T>)),
       candidates_(parts * queries_) {
   const int64_t keys = problem.key.count, sampled = keys / kSampleStride;
   const double expected = static_cast<double>(k) / kSampleStride;

@@ -4,7 +4,8 @@ namespace fastcl {
 
 namespace {
 
-constexpr int64_t kKeyRows = 96;  // keys per tile: few enough that it stays in the cache
+constexpr int64_t kKeyRows = 192;   // keys per tile
+constexpr int64_t kStripLanes = 64;  // queries per strip: it should stay in the cache
 constexpr int64_t kMaxStrip = int64_t{16} << 20;
 
 int64_t lane_block(int64_t queries, int64_t largest) {
@@ -97,27 +98,18 @@ Attended<T> attend(const Problem<T>& problem, Selector<T>* selector) {
   return result;
 }
 
-namespace {
-// Fewer lanes make a smaller strip, but pass over the keys' sums more often.
-template <class T>
-int64_t strip_block(const Problem<T>& problem) {
-  return lane_block(problem.query.count, std::max<int64_t>(kLaneUnit, std::min<int64_t>(192, problem.query.count / 8)));
-}
-}  // namespace
-
 template <class T>
 bool strips_fit(const Problem<T>& problem) {
-  return problem.key.count * strip_block(problem) * static_cast<int64_t>(sizeof(T)) <= kMaxStrip &&
-         problem.query.count >= 4 * kLaneUnit;
+  return problem.key.count * kStripLanes * static_cast<int64_t>(sizeof(T)) <= kMaxStrip &&
+         problem.query.count >= 2 * kStripLanes;
 }
 
 template <class T>
 AttendedKeys<T> attend_with_keys(const Problem<T>& problem, const std::function<T(int64_t, T, T)>& factor) {
   const int64_t queries = problem.query.count, keys = problem.key.count;
   const int64_t width = round_up(problem.query.width, kernels<T>().vector);
-  const int64_t block = strip_block(problem), blocks = ceil_div(queries, block);
-  const Plan plan = make_plan(queries, keys, width, true, width * sizeof(T));
-  const int64_t parts = std::clamp<int64_t>(blocks, 1, plan.query_parts);
+  const int64_t block = kStripLanes, blocks = ceil_div(queries, block);
+  const int64_t parts = std::clamp<int64_t>(blocks, 1, kSumParts);
   AttendedKeys<T> result{{make_state<T>(queries), make_partials<T>(1, queries, width)},
                          make_partials<T>(parts, keys, width)};
 

@@ -123,13 +123,14 @@ class Loss {
 
   void run_two_passes(bool gradients, bool keys_wanted) {
     const bool columns = args_.layout == Layout::pairs;
-    const Statistics<T> stats = statistics(problem_, columns);
+    const KeptTiles<T> kept = gradients ? make_kept_tiles(problem_) : KeptTiles<T>{};
+    const Statistics<T> stats = statistics(problem_, columns, kept);
     const SideWeights<T> row_weights = weigh(stats.rows, columns ? T(0.5) : T(1));
     const SideWeights<T> column_weights = columns ? weigh(stats.columns, T(0.5)) : SideWeights<T>{};
     if (!gradients) return;
     const bool query_wanted = problem_.symmetric || result_.query || result_.scale;
     const PairSums<T> sums = pair_sums(problem_, row_weights, column_weights,
-                                       {query_wanted, keys_wanted && !problem_.symmetric, false});
+                                       {query_wanted, keys_wanted && !problem_.symmetric, false}, kept);
     finish([&](int64_t i, T* sum) { add_parts(sums.query, i, sum); }, sums.key);
   }
 

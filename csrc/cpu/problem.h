@@ -83,8 +83,12 @@ struct Plan {
   int64_t key_end(int64_t part) const { return key_begin(part + 1); }
 };
 
-// partial_bytes: what one more part of the longer side costs in memory per row of the shorter side.
-Plan make_plan(int64_t queries, int64_t keys, int64_t width, bool symmetric, int64_t partial_bytes);
+// The longer side is divided, into at most max_parts.
+Plan make_plan(int64_t queries, int64_t keys, int64_t width, bool symmetric, int64_t max_parts);
+
+// More parts keep more threads busy; each costs another copy of what is summed.
+constexpr int64_t kStateParts = 8;  // a few numbers per row
+constexpr int64_t kSumParts = 4;    // a row of the width: zeroed, filled and added up
 
 // Per-part results that are summed, or merged, when all parts are done.
 template <class T>

@@ -4,13 +4,16 @@ namespace fastcl {
 
 namespace {
 
-// Walks the tiles of a task and makes their logits, with the pair rule applied.
+constexpr int64_t kMaxKeptBytes = int64_t{48} << 20;
+
+// Walks the tiles of a task and makes their logits, with the pair rule applied, or finds them made.
 template <class T>
 class TileWalk {
  public:
-  TileWalk(const Problem<T>& problem, const Plan& plan, int64_t task, Scratch& scratch)
-      : problem_(problem), plan_(plan), task_(task), scratch_(scratch) {
-    tile_.s = scratch.take<T>(kTileSlot, plan.block * plan.block);
+  TileWalk(const Problem<T>& problem, const Plan& plan, int64_t task, Scratch& scratch, const KeptTiles<T>& kept,
+           bool made)
+      : problem_(problem), plan_(plan), task_(task), scratch_(scratch), kept_(kept), made_(made) {
+    tile_.s = kept ? nullptr : scratch.take<T>(kTileSlot, plan.block * plan.block);
     tile_.stride = plan.block;
     positive_ = tile_;
     if (problem.positive.row) positive_.s = scratch.take<T>(kPositiveSlot, plan.block * plan.block);
@@ -27,15 +30,18 @@ class TileWalk {
     plan_.for_query_blocks(plan_.query_part(task_), [&](int64_t block) {
       const int64_t begin = block * plan_.block;
       tile_.lanes = std::min(plan_.block, problem_.query.count - begin);
-      k_.pack_lanes(packed_, problem_.query.row(begin), problem_.query.stride, tile_.lanes,
-                    problem_.query.width, problem_.scale2);
+      if (!made_)
+        k_.pack_lanes(packed_, problem_.query.row(begin), problem_.query.stride, tile_.lanes,
+                      problem_.query.width, problem_.scale2);
       const int64_t first = problem_.symmetric ? block : plan_.key_begin(part);
       for (int64_t j = first; j < plan_.key_end(part); j++) {
         const int64_t key_begin = j * plan_.block;
         tile_.rows = std::min(plan_.block, problem_.key.count - key_begin);
         int64_t key_stride;
         const T* key = problem_.key.tile(key_begin, tile_.rows, kKeySlot, scratch_, &key_stride);
-        make_logits(key, key_stride, begin, key_begin, lane, problem_.symmetric && j == block ? nullptr : row);
+        if (kept_) tile_.s = kept_.tile(block, j);
+        if (!made_)
+          make_logits(key, key_stride, begin, key_begin, lane, problem_.symmetric && j == block ? nullptr : row);
         body(tile_, positive_, begin, key_begin, key, key_stride);
       }
     });
@@ -62,6 +68,8 @@ class TileWalk {
   const Plan& plan_;
   const int64_t task_;
   Scratch& scratch_;
+  const KeptTiles<T>& kept_;
+  const bool made_;
   const Kernels<T>& k_ = kernels<T>();
   Tile<T> tile_, positive_;
   T *packed_, *unused_;
@@ -85,11 +93,22 @@ void clear(const Partials<T>& partials, int64_t part, int64_t begin, int64_t end
 }  // namespace
 
 template <class T>
-Statistics<T> statistics(const Problem<T>& problem, bool columns) {
+KeptTiles<T> make_kept_tiles(const Problem<T>& problem) {
+  KeptTiles<T> kept;
+  kept.plan = make_plan(problem.query.count, problem.key.count, problem.query.width, problem.symmetric, kSumParts);
+  kept.symmetric = problem.symmetric;
+  const int64_t blocks = kept.plan.query_blocks, block = kept.plan.block;
+  const int64_t tiles = problem.symmetric ? blocks * (blocks + 1) / 2 : blocks * kept.plan.key_blocks;
+  const int64_t count = tiles * block * block;
+  if (count * static_cast<int64_t>(sizeof(T)) <= kMaxKeptBytes) kept.tiles = allocate<T>(count);
+  return kept;
+}
+
+template <class T>
+Statistics<T> statistics(const Problem<T>& problem, bool columns, const KeptTiles<T>& keep) {
   const int64_t queries = problem.query.count, keys = problem.key.count;
-  const bool row_states = columns || problem.symmetric;
-  const Plan plan = make_plan(queries, keys, problem.query.width, problem.symmetric,
-                              row_states ? State<T>::kFields * sizeof(T) : 1);
+  const Plan plan =
+      keep ? keep.plan : make_plan(queries, keys, problem.query.width, problem.symmetric, kStateParts);
   std::vector<State<T>> lane_parts, row_parts;
   for (int64_t p = 0; p < (problem.symmetric ? plan.query_parts : plan.key_parts); p++)
     lane_parts.push_back(make_state<T>(queries));
@@ -100,7 +119,7 @@ Statistics<T> statistics(const Problem<T>& problem, bool columns) {
     const int64_t query_part = plan.query_part(task);
     const State<T>& lane = lane_parts[problem.symmetric ? query_part : plan.key_part(task)];
     const State<T>* row = problem.symmetric ? &lane : columns ? &row_parts[query_part] : nullptr;
-    TileWalk<T>(problem, plan, task, scratch)
+    TileWalk<T>(problem, plan, task, scratch, keep, false)
         .run(&lane, row, [&](Tile<T> tile, Tile<T> positive, int64_t begin, int64_t key_begin, const T*, int64_t) {
           const bool both = columns || (problem.symmetric && begin != key_begin);
           if (both)
@@ -131,11 +150,11 @@ SideWeights<T> make_side_weights(int64_t count) {
 
 template <class T>
 PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, const SideWeights<T>& columns,
-                      Wanted wanted) {
+                      Wanted wanted, const KeptTiles<T>& kept) {
   const int64_t queries = problem.query.count, keys = problem.key.count;
   const int64_t width = round_up(problem.query.width, kernels<T>().vector);
   const bool symmetric = problem.symmetric;
-  const Plan plan = make_plan(queries, keys, width, symmetric, width * sizeof(T));
+  const Plan plan = kept ? kept.plan : make_plan(queries, keys, problem.query.width, symmetric, kSumParts);
   PairSums<T> sums;
   if (wanted.query) sums.query = make_partials<T>(symmetric ? plan.query_parts : plan.key_parts, queries, width);
   if (wanted.key) sums.key = make_partials<T>(plan.query_parts, keys, width);
@@ -157,7 +176,7 @@ PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, con
     }
     const Partials<T>& row_out = symmetric ? sums.query : sums.key;
     const SideWeights<T>& row_weights = symmetric ? rows : columns;
-    TileWalk<T>(problem, plan, task, scratch)
+    TileWalk<T>(problem, plan, task, scratch, kept, static_cast<bool>(kept))
         .run(nullptr, nullptr,
              [&](Tile<T> tile, Tile<T> positive, int64_t begin, int64_t key_begin, const T* key, int64_t key_stride) {
                if (problem.positive.row) {
@@ -184,9 +203,11 @@ PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, con
 }
 
 #define FASTCL_INSTANTIATE(T)                                                                         \
-  template Statistics<T> statistics<T>(const Problem<T>&, bool);                                      \
+  template KeptTiles<T> make_kept_tiles<T>(const Problem<T>&);                                        \
+  template Statistics<T> statistics<T>(const Problem<T>&, bool, const KeptTiles<T>&);                 \
   template SideWeights<T> make_side_weights<T>(int64_t);                                              \
-  template PairSums<T> pair_sums<T>(const Problem<T>&, const SideWeights<T>&, const SideWeights<T>&, Wanted);
+  template PairSums<T> pair_sums<T>(const Problem<T>&, const SideWeights<T>&, const SideWeights<T>&, Wanted, \
+                                             const KeptTiles<T>&);
 FASTCL_INSTANTIATE(float)
 FASTCL_INSTANTIATE(double)
 

@@ -5,6 +5,25 @@
 
 namespace fastcl {
 
+// The logits of all tiles, kept from the statistics for the backward pass where they are few enough:
+// a bounded amount of memory, and half a product less.
+template <class T>
+struct KeptTiles {
+  Buffer<T> tiles;
+  Plan plan;
+  bool symmetric = false;
+
+  T* tile(int64_t query_block, int64_t key_block) const {
+    const int64_t index = symmetric ? query_block * (2 * plan.key_blocks - query_block - 1) / 2 + key_block
+                                    : query_block * plan.key_blocks + key_block;
+    return tiles.get() + index * plan.block * plan.block;
+  }
+  explicit operator bool() const { return static_cast<bool>(tiles); }
+};
+// Room for all tiles, or nothing if that were too much.
+template <class T>
+KeptTiles<T> make_kept_tiles(const Problem<T>& problem);
+
 template <class T>
 struct Statistics {
   State<T> rows;     // per query; for a symmetric problem both roles
@@ -12,7 +31,7 @@ struct Statistics {
 };
 
 template <class T>
-Statistics<T> statistics(const Problem<T>& problem, bool columns);
+Statistics<T> statistics(const Problem<T>& problem, bool columns, const KeptTiles<T>& keep = {});
 
 // Weights of a side's pairs in the backward pass: arrays over all its rows, whole vectors long.
 template <class T>
@@ -42,9 +61,9 @@ struct Wanted {
   bool query, key, bias;
 };
 
-// `columns` is empty without column statistics.
+// `columns` is empty without column statistics; the logits are taken from `kept` if they are there.
 template <class T>
 PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, const SideWeights<T>& columns,
-                      Wanted wanted);
+                      Wanted wanted, const KeptTiles<T>& kept = {});
 
 }  // namespace fastcl

@@ -3,36 +3,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #include <torch/csrc/stable/ops.h>
 
+#include "cpu/memory.h"
+
 namespace fastcl {
-
-constexpr size_t kAlignment = 64;
-
-struct FreeMemory {
-  void operator()(void* p) const { std::free(p); }
-};
-template <class T>
-using Buffer = std::unique_ptr<T[], FreeMemory>;
-
-// Uninitialized; with room for a whole vector past the end.
-template <class T>
-Buffer<T> allocate(int64_t count) {
-  const size_t bytes = (count * sizeof(T) + 2 * kAlignment - 1) / kAlignment * kAlignment;
-  void* p = std::aligned_alloc(kAlignment, bytes);
-  if (!p) throw std::bad_alloc();
-  return Buffer<T>(static_cast<T*>(p));
-}
-template <class T>
-Buffer<T> allocate_filled(int64_t count, T value) {
-  Buffer<T> buffer = allocate<T>(count);
-  std::fill_n(buffer.get(), count, value);
-  return buffer;
-}
 
 // A thread's scratch: taken piece by piece within one task, kept for the next unless it is large.
 class Scratch {

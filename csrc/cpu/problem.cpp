@@ -3,7 +3,7 @@
 namespace fastcl {
 
 namespace {
-constexpr int64_t kMinBlocks = 8;  // of the longer side, where it is long enough
+constexpr int64_t kMinBlocks = 4;  // of the longer side, where it is long enough
 
 // The largest block that keeps a tile's operands in the second-level cache, smaller where few blocks
 // would leave threads idle.

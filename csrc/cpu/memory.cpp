@@ -1,0 +1,72 @@
+#include "cpu/memory.h"
+
+#include <bit>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <vector>
+
+namespace fastcl {
+
+namespace {
+
+constexpr size_t kPooled = size_t{32} << 20;  // all that the pool may hold
+
+struct Header {
+  size_t bytes;
+};
+static_assert(sizeof(Header) <= kAlignment);
+
+struct Pool {
+  std::mutex mutex;
+  std::vector<Header*> blocks;
+  size_t bytes = 0;
+};
+Pool& pool() {
+  static Pool* pool = new Pool;  // never destroyed: threads may outlive static objects
+  return *pool;
+}
+
+// Few distinct sizes, at most a quarter too large, so that a freed block often fits again.
+size_t size_class(size_t bytes) {
+  const size_t step = std::max<size_t>(4096, std::bit_floor(bytes) / 4);
+  return (bytes + step - 1) / step * step;
+}
+
+}  // namespace
+
+void* take_memory(size_t bytes) {
+  bytes = size_class(bytes + kAlignment);
+  {
+    const std::lock_guard lock(pool().mutex);
+    auto& blocks = pool().blocks;
+    for (size_t i = 0; i < blocks.size(); i++) {
+      if (blocks[i]->bytes != bytes) continue;
+      Header* block = blocks[i];
+      blocks[i] = blocks.back();
+      blocks.pop_back();
+      pool().bytes -= bytes;
+      return reinterpret_cast<char*>(block) + kAlignment;
+    }
+  }
+  void* block = std::aligned_alloc(kAlignment, bytes);
+  if (!block) throw std::bad_alloc();
+  static_cast<Header*>(block)->bytes = bytes;
+  return static_cast<char*>(block) + kAlignment;
+}
+
+void give_back_memory(void* memory) {
+  if (!memory) return;
+  Header* block = reinterpret_cast<Header*>(static_cast<char*>(memory) - kAlignment);
+  {
+    const std::lock_guard lock(pool().mutex);
+    if (pool().bytes + block->bytes <= kPooled) {
+      pool().blocks.push_back(block);
+      pool().bytes += block->bytes;
+      return;
+    }
+  }
+  std::free(block);
+}
+
+}  // namespace fastcl

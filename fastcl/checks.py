@@ -69,10 +69,10 @@ def check_vector(name: str, x: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name} must be on {like.device} like the keys, got {x.device}")
 
 
-def scalar(name: str, value: float | Tensor, like: Tensor, *, nonzero: bool = False) -> Tensor:
+def scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     """``value`` as a 0-d tensor beside ``like``: float64, or float32 beside GPU float inputs.
 
-    A number is checked (finite; not zero if ``nonzero``); a 0-d tensor is never read.
+    A number must be finite; a 0-d tensor is never read.
     """
     wide = like.device.type == "cpu" or like.dtype == torch.float64
     dtype = torch.float64 if wide else torch.float32
@@ -84,10 +84,22 @@ def scalar(name: str, value: float | Tensor, like: Tensor, *, nonzero: bool = Fa
         if value.device != like.device and value.device.type != "cpu":
             raise ValueError(f"{name} must be on {like.device} or the CPU, got {value.device}")
         return value.to(device=like.device, dtype=dtype, non_blocking=True)
+    return torch.full((), _finite(name, value), dtype=dtype, device=like.device)
+
+
+def inverse_scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """``1 / value`` as :func:`scalar` gives it; a number must not be zero."""
+    if isinstance(value, Tensor):
+        return scalar(name, value, like).reciprocal()
+    number = _finite(name, value)
+    if number == 0:
+        raise ValueError(f"{name} must not be zero, got {value}")
+    return scalar(name, 1.0 / number, like)
+
+
+def _finite(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
-    if nonzero and value == 0:
-        raise ValueError(f"{name} must not be zero, got {value}")
-    return torch.full((), float(value), dtype=dtype, device=like.device)
+    return float(value)

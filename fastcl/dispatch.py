@@ -121,9 +121,9 @@ def choose(request: Request, name: str = "auto") -> Backend:
     if name == "auto":
         name = _selected
     if name == "auto":
-        backend = next(
-            b for b in _BACKENDS.values() if b.missing() is None and not b.unsupported_reasons(request)
-        )
+        for backend in _BACKENDS.values():
+            if backend.missing() is None and not backend.unsupported_reasons(request):
+                break
         if backend.name == "chunked" and request.device.type == "cpu":
             _warn_if_native_missing()
         return backend

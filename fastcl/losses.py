@@ -12,6 +12,7 @@ from fastcl.checks import (
     check_reduction,
     check_same,
     check_same_count,
+    inverse_scalar,
     scalar,
 )
 from fastcl.numerics import compute_dtype, inverse_norms, logaddexp, reduce, row_dot, softplus, unit_rows
@@ -61,7 +62,7 @@ def info_nce(
     check_matrix("positive_key", positive_key)
     check_same_count("positive_key", positive_key, "query", query)
     check_same("positive_key", positive_key, "query", query)
-    scale = scalar("temperature", temperature, query, nonzero=True).reciprocal()
+    scale = inverse_scalar("temperature", temperature, query)
     if isinstance(negative_keys, NegativeQueue):
         return _queue_info_nce(query, positive_key, negative_keys, scale, reduction, query_ids)
     if query_ids is not None:
@@ -103,7 +104,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, *, reduct
     check_matrix("z2", z2)
     check_same_count("z2", z2, "z1", z1)
     check_same("z2", z2, "z1", z1)
-    scale = scalar("temperature", temperature, z1, nonzero=True).reciprocal()
+    scale = inverse_scalar("temperature", temperature, z1)
     return _one_positive(OnePositive(z1, z2, None, scale, None, None, VIEWS, True, True, reduction))
 
 
@@ -190,10 +191,8 @@ def sup_con(
         raise ValueError("labels and mask cannot both be given")
     if base_temperature is not None and not base_temperature > 0:
         raise ValueError(f"base_temperature must be positive, got {base_temperature}")
-    temperature_scalar = scalar("temperature", temperature, features, nonzero=True)
-    problem = _sup_con_problem(
-        features, labels, mask, temperature_scalar.reciprocal(), contrast_mode, normalize
-    )
+    scale = inverse_scalar("temperature", temperature, features)
+    problem = _sup_con_problem(features, labels, mask, scale, contrast_mode, normalize)
     stats = problem_stats(problem)
     has_positives = stats.pos_count > 0
     count = stats.pos_count.clamp_min(1)
@@ -204,7 +203,7 @@ def sup_con(
         losses = softplus(stats.lse_neg - stats.lse_pos) + count.log()
     losses = torch.where(has_positives, losses, 0.0)
     if base_temperature is not None:
-        losses = losses * (temperature_scalar / base_temperature).to(losses.dtype)
+        losses = losses * (scale * base_temperature).reciprocal().to(losses.dtype)
     return reduce(losses, reduction)
 
 

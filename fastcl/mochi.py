@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcl import dispatch, ops
-from fastcl.checks import check_matrix, check_reduction, check_same, check_same_count, scalar
+from fastcl.checks import check_matrix, check_reduction, check_same, check_same_count, inverse_scalar
 from fastcl.losses import info_nce
 from fastcl.numerics import compute_dtype, reduce
 from fastcl.problem import Mochi
@@ -93,7 +93,7 @@ def mochi_loss(
         draws = _draw(query, n_hard, n_mix, n_query_mix, generator)
     else:
         draws = _checked_draws(draws, query, n_hard, n_mix, n_query_mix)
-    scale = scalar("temperature", temperature, query, nonzero=True).reciprocal()
+    scale = inverse_scalar("temperature", temperature, query)
     backend = dispatch.choose(dispatch.Request.of(query))
     args = Mochi(query, positive_key, scale, queue.keys, *draws, n_hard)
     return reduce(ops.mochi(args, backend.name), reduction)

@@ -52,8 +52,6 @@ _library.define(
 
 _PROBLEM_FIELDS = len(Problem._fields)
 _PROBLEM_TENSORS = _PROBLEM_FIELDS - 3
-_ONE_POSITIVE_FIELDS = len(OnePositive._fields)
-_ONE_POSITIVE_TENSORS = 6
 
 
 def stats(problem: Problem, backend: str, weighted_keys: bool = False) -> tuple[Tensor, Tensor]:
@@ -283,39 +281,51 @@ def _differentiable_grad(
 
 
 def _save_one_positive(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *fields, mean, ctx.needs = inputs
-    args = OnePositive._make([*fields, "mean" if mean else "sum"])
+    query, positive, negatives, scale, query_ids, negative_ids = inputs[:6]
     ctx.mark_non_differentiable(*output[1:])
-    tensors = list(args[:_ONE_POSITIVE_TENSORS])
-    frozen = args.negatives is not None and not args.negatives.requires_grad
-    ctx.frozen = _Frozen(args.negatives if frozen else None), _Frozen(args.negative_ids)
-    tensors[2], tensors[5] = None if frozen else args.negatives, None
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.flags = args[_ONE_POSITIVE_TENSORS:]
+    ctx.frozen = None
+    if negatives is not None and not negatives.requires_grad:
+        ctx.frozen = _Frozen(negatives), _Frozen(negative_ids)
+        negatives = None
+    ctx.save_for_backward(query, positive, negatives, scale, query_ids, *output[1:])
+    ctx.flags = inputs[6:]
 
 
 def _one_positive_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    inputs, unit_grads = tensors[:4], tensors[_ONE_POSITIVE_TENSORS:]
-    needs = ctx.needs_input_grad[:4]
-    unused = (None,) * (_ONE_POSITIVE_FIELDS - 4 + 1)
+    query, positive, negatives, scale, query_ids, *unit_grads = ctx.saved_tensors
+    inputs, needs, called_for = (query, positive, negatives, scale), ctx.needs_input_grad, ctx.flags[-1]
+    grads: list[Tensor | None] = [None] * len(needs)
     if torch.is_grad_enabled():
+        grads[:4] = _second_order_one_positive(ctx, inputs, query_ids, grad_loss)
+        return tuple(grads)
+    for i, grad in enumerate(unit_grads):
+        if not needs[i]:
+            continue
+        if not called_for >> i & 1:
+            raise RuntimeError(
+                "fastcl::one_positive was called without need of a gradient that is now wanted"
+            )
+        grads[i] = (grad_loss * grad).to(inputs[i].dtype)
+    return tuple(grads)
+
+
+def _second_order_one_positive(
+    ctx: Any, inputs: Sequence[Tensor | None], query_ids: Tensor | None, grad_loss: Tensor
+) -> tuple[Tensor | None, ...]:
+    """As :func:`_second_order_stats`."""
+    views, negative_ids = _views(inputs), None
+    query, positive, negatives, scale = views
+    if ctx.frozen is not None:
         negatives, negative_ids = (frozen.get() for frozen in ctx.frozen)
-        views = _views(inputs)
-        views[2] = negatives if views[2] is None else views[2]
-        args = OnePositive._make([*views, tensors[4], negative_ids, *ctx.flags])
-        args = args.in_compute_dtype()
-        problem = args.problem()
-        rows, columns = reference.stats(problem)
-        loss = args.loss(rows[0], columns[0] if problem.columns else None)
-        return (*_differentiable_grad((loss,), (grad_loss,), views, needs), *unused)
-    if any(needed and not ctx.needs >> bit & 1 for bit, needed in enumerate(needs)):
-        raise RuntimeError("fastcl::one_positive was called without a need for a gradient that is now wanted")
-    found = [
-        (grad_loss * grad).to(x.dtype) if needed else None
-        for x, grad, needed in zip(inputs, unit_grads, needs, strict=True)
-    ]
-    return (*found, *unused)
+    *flags, mean, _ = ctx.flags
+    reduction = "mean" if mean else "sum"
+    args = OnePositive._make(
+        [query, positive, negatives, scale, query_ids, negative_ids, *flags, reduction]
+    ).in_compute_dtype()
+    problem = args.problem()
+    rows, columns = reference.stats(problem)
+    loss = args.loss(rows[0], columns[0] if problem.columns else None)
+    return _differentiable_grad((loss,), (grad_loss,), views, ctx.needs_input_grad[:4])
 
 
 def _save_mochi(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -25,8 +25,8 @@ def integers(rows, width, seed, largest=2):
     return torch.randint(-largest, largest + 1, (rows, width), generator=generator).double()
 
 
-def check(query, key, k, dtype=torch.float32, rule=None):
-    excluded = None if rule is None else rule.exclude[0][:, None] == rule.exclude[1]
+def check(query, key, k, dtype=torch.float32, rule=PairRule()):  # noqa: B008
+    excluded = None if rule.exclude is None else rule.exclude[0][:, None] == rule.exclude[1]
     values, indices = fastcl.similarity_topk(query.to(dtype), key.to(dtype), k, rule=rule)
     expected_values, expected_indices = dense_topk(query, key, k, excluded)
     assert values.tolist() == expected_values.tolist()
@@ -72,7 +72,7 @@ def test_excluded_keys_are_not_candidates(k, backend):
 def test_positive_ids_do_not_matter(backend):
     query, key = integers(4, 5, 8), integers(9, 5, 9)
     rule = PairRule(positive=(torch.zeros(4, dtype=torch.int64), torch.zeros(9, dtype=torch.int64)))
-    got, expected = (fastcl.similarity_topk(query, key, 3, rule=r) for r in (rule, None))
+    got, expected = (fastcl.similarity_topk(query, key, 3, rule=r) for r in (rule, PairRule()))
     torch.testing.assert_close(got, expected)
 
 

@@ -16,7 +16,7 @@ int64_t parts_for(int64_t queries, int64_t keys) {
 template <class T>
 void scan(const Problem<T>& problem, int64_t parts, Selector<T>& selector) {
   const int64_t queries = problem.query.count, keys = problem.key.count;
-  const int64_t block = std::min(kMaxBlock, round_up(queries, kLaneUnit)), blocks = ceil_div(queries, block);
+  const int64_t block = std::clamp(round_up(queries, kLaneUnit), kLaneUnit, kMaxBlock), blocks = ceil_div(queries, block);
   for_each_task(blocks * parts, [&](int64_t task, Scratch& scratch) {
     const Kernels<T>& k = kernels<T>();
     const int64_t begin = task % blocks * block, part = task / blocks;

@@ -34,7 +34,7 @@ format: $(VENV)/.installed
 clean:
 	rm -rf $(VENV) build *.egg-info fastcl/*.so
 
-# torch goes first, pinned: the build links against it
+# torch goes first: the build links against it; and stays, or torchvision would bring another
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" ninja numpy
@@ -42,5 +42,5 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
-	FASTCL_BUILD=cpu $(BIN)/pip install --quiet --no-build-isolation -e '.[train,bench,test,lint]'
+	FASTCL_BUILD=cpu $(BIN)/pip install --quiet --no-build-isolation '$(TORCH)' -e '.[train,bench,test,lint]'
 	touch $@

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
+from torch import Tensor
+
 from bench.cases import FASTCL, LOSSES, PLAIN, Arguments, Case, step, step_of
+from fastcl import MochiDraws, NegativeQueue
 from fastcl.testing import assert_within_budget
 
 
@@ -22,6 +28,13 @@ def assert_agreement(case: Case) -> None:
 
 
 def _double(arguments: Arguments) -> Arguments:
-    return tuple(
-        x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in arguments
-    )
+    def double(x: Any) -> Any:
+        if isinstance(x, NegativeQueue):
+            return copy.deepcopy(x).double()
+        if isinstance(x, MochiDraws):
+            return MochiDraws(*map(double, x))
+        if isinstance(x, Tensor) and x.is_floating_point():
+            return x.detach().double().requires_grad_(x.requires_grad)
+        return x
+
+    return tuple(map(double, arguments))

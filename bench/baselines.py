@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastcl import MochiDraws, NegativeQueue
+
 LossFunction = Callable[..., Tensor]
 
 
@@ -44,6 +46,38 @@ def info_nce_queue(query: Tensor, positive_key: Tensor, queue: Tensor, temperatu
     query, positive_key = F.normalize(query, dim=1), F.normalize(positive_key, dim=1)
     positive = (query * positive_key).sum(dim=1, keepdim=True)
     logits = torch.cat([positive, query @ queue.T], dim=1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long, device=query.device))
+
+
+def moco(query: Tensor, positive_key: Tensor, queue: NegativeQueue, temperature: float) -> Tensor:
+    """MoCo's loss on a queue, used in place."""
+    return info_nce_queue(query, positive_key, queue.keys, temperature)
+
+
+def mochi(
+    query: Tensor,
+    positive_key: Tensor,
+    queue: NegativeQueue,
+    draws: MochiDraws,
+    n_hard: int,
+    temperature: float,
+) -> Tensor:
+    """MoCHi with the synthetic negatives formed, as its published implementations do."""
+    query, positive_key = F.normalize(query, dim=1), F.normalize(positive_key, dim=1)
+    similarity = query @ queue.keys.T
+    with torch.no_grad():
+        hardest = similarity.topk(n_hard, dim=1).indices
+
+        def keys(ranks: Tensor) -> Tensor:
+            return queue.keys[hardest.gather(1, ranks)]
+
+        alpha, beta = draws.alpha[:, :, None], draws.beta[:, :, None]
+        mixed = alpha * keys(draws.first) + (1 - alpha) * keys(draws.second)
+        mixed_with_query = beta * query[:, None] + (1 - beta) * keys(draws.partner)
+        synthetic = F.normalize(torch.cat([mixed, mixed_with_query], dim=1), dim=2)
+    positive = (query * positive_key).sum(dim=1, keepdim=True)
+    on_synthetic = (synthetic @ query[:, :, None]).squeeze(2)
+    logits = torch.cat([positive, similarity, on_synthetic], dim=1) / temperature
     return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long, device=query.device))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 import fastcl
 from bench import baselines
 from bench.baselines import LossFunction
+from fastcl import MochiDraws, NegativeQueue
 
 FASTCL = "fastcl"
 PLAIN = "plain"  # plain PyTorch
@@ -18,8 +20,8 @@ COMPILE = "compile"  # plain PyTorch under torch.compile
 PYPI = "pypi"  # a package from PyPI
 SIDES = (PLAIN, COMPILE, PYPI, FASTCL)
 
-Arguments = tuple[Tensor, ...]
-Step = Callable[[], Arguments]
+Arguments = tuple[Any, ...]  # tensors, and what some losses take besides
+Step = Callable[[], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Loss:
     plain: LossFunction
     arguments: Callable[[Case], Arguments]
     views: int = 1  # rows of the similarity matrix per row of the inputs
-    options: dict[str, float] = field(default_factory=dict)
+    options: dict[str, float] = field(default_factory=dict)  # of both
     pypi: LossFunction | None = None
     package: str | None = None  # where ``pypi`` comes from
 
@@ -87,9 +89,9 @@ def step(case: Case, side: str) -> Step:
 def step_of(case: Case, function: LossFunction, arguments: Arguments) -> Step:
     """As :func:`step`, for any function and inputs; the time on a GPU includes waiting for it."""
     options = LOSSES[case.loss].options
-    wanted = [x for x in arguments if x.requires_grad]
+    wanted = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
 
-    def run() -> Arguments:
+    def run() -> tuple[Tensor, ...]:
         loss = function(*arguments, **options)
         gradients = torch.autograd.grad(loss, wanted)
         if case.device != "cpu":
@@ -110,11 +112,40 @@ def _learned_negatives(case: Case) -> Arguments:
     return *_views(case), _leaf(case, negatives)
 
 
-def _frozen_queue(case: Case) -> Arguments:
+def _queue(case: Case) -> Arguments:
     query, positive_key = _views(case)
-    queue = torch.randn(case.keys, case.dim, generator=_generator(2))
-    unit_queue = torch.nn.functional.normalize(queue, dim=1).to(case.device, case.dtype)
-    return query, positive_key.detach(), unit_queue
+    torch.manual_seed(2)
+    queue = NegativeQueue(case.keys, case.dim, dtype=case.dtype, device=case.device)
+    return query, positive_key.detach(), queue
+
+
+def _queue_and_draws(case: Case) -> Arguments:
+    n_hard = min(_N_HARD, case.keys)
+    ranks = [torch.randint(n_hard, (case.rows, n), generator=_generator(3)) for n in _N_MIXED]
+    weights = [torch.rand(case.rows, n, generator=_generator(4)).to(case.dtype) for n in _N_MIXED]
+    draws = MochiDraws(ranks[0], ranks[0].flip(1), weights[0], ranks[1], weights[1] / 2)
+    return *_queue(case), MochiDraws(*(x.to(case.device) for x in draws)), n_hard
+
+
+def _mochi(
+    query: Tensor,
+    positive_key: Tensor,
+    queue: NegativeQueue,
+    draws: MochiDraws,
+    n_hard: int,
+    temperature: float,
+) -> Tensor:
+    n_mix, n_query_mix = _N_MIXED
+    return fastcl.mochi_loss(
+        query,
+        positive_key,
+        queue,
+        temperature=temperature,
+        n_hard=n_hard,
+        n_mix=n_mix,
+        n_query_mix=n_query_mix,
+        draws=draws,
+    )
 
 
 def _pairs_and_scale(case: Case) -> Arguments:
@@ -135,6 +166,8 @@ def _leaf(case: Case, values: Tensor) -> Tensor:
 def _generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
+
+_N_HARD, _N_MIXED = 1024, (512, 256)  # type 1 and type 2, the paper's
 
 _INFO_NCE_PACKAGE = "info-nce-pytorch"
 _METRIC_LEARNING = "pytorch-metric-learning"
@@ -165,14 +198,8 @@ LOSSES = {
         pypi=baselines.pypi_info_nce,
         package=_INFO_NCE_PACKAGE,
     ),
-    "info_nce_queue": Loss(
-        fastcl.info_nce,
-        baselines.info_nce_queue,
-        _frozen_queue,
-        options={"temperature": 0.07},
-        pypi=baselines.pypi_info_nce,
-        package=_INFO_NCE_PACKAGE,
-    ),
+    "moco": Loss(fastcl.info_nce, baselines.moco, _queue, options={"temperature": 0.2}),
+    "mochi": Loss(_mochi, baselines.mochi, _queue_and_draws, options={"temperature": 0.2}),
     "clip_loss": Loss(fastcl.clip_loss, baselines.clip_loss, _pairs_and_scale),
     "sup_con": Loss(
         fastcl.sup_con,
@@ -203,7 +230,8 @@ _GRID = (
     Case("info_nce", 4096, 128, sides=SIDES),
     Case("info_nce", 4096, 128, dtype=_BFLOAT16),
     Case("info_nce_negatives", 1024, 128, keys=4096, sides=SIDES),
-    Case("info_nce_queue", 256, 128, keys=65_536, sides=SIDES),
+    Case("moco", 256, 128, keys=65_536),
+    Case("mochi", 256, 128, keys=65_536, sides=(PLAIN, FASTCL)),
     Case("clip_loss", 1024, 512),
     Case("clip_loss", 1024, 512, dtype=_BFLOAT16),
     Case("sup_con", 512, 128, classes=100, sides=SIDES),

@@ -21,6 +21,7 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
 }
+CPU_SOURCES = [path for path in Path("csrc/cpu").glob("*.cpp") if path.name != "kernels.cpp"]
 CXX_FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
 STABLE_ABI = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030a0000")]
 
@@ -69,7 +70,7 @@ def extensions():
     return [
         Extension(
             "fastcl._native",
-            ["csrc/module.cpp", *sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp") if p.name != "kernels.cpp")],
+            ["csrc/module.cpp", *sorted(str(path) for path in CPU_SOURCES)],
             include_dirs=["csrc"],
             depends=[str(path) for path in Path("csrc").rglob("*.*")],
             define_macros=STABLE_ABI,

@@ -1,9 +1,9 @@
 // The extension's ops, in torch's stable ABI. But for the whole loss, where every microsecond counts,
 // Python hands them inputs whose last dimension is contiguous, and the outputs.
-#include <optional>
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include <optional>
 
 #include "cpu/attend.h"
 #include "cpu/mochi.h"
@@ -101,8 +101,9 @@ void write_state(const State<T>& state, int64_t count, const Tensor& statistics,
 }
 
 template <class T>
-void run_stats_forward(const OwnedProblem<T>& owned, bool columns, const Tensor& rows, const Tensor& row_state,
-                       const Tensor& column_stats, const Tensor& column_state, const Tensor& weighted) {
+void run_stats_forward(const OwnedProblem<T>& owned, bool columns, const Tensor& rows,
+                       const Tensor& row_state, const Tensor& column_stats, const Tensor& column_state,
+                       const Tensor& weighted) {
   const Problem<T>& problem = owned.problem;
   const int64_t queries = problem.query.count;
   if (T* out = out_of<T>(weighted)) {
@@ -141,7 +142,8 @@ SideWeights<T> side_weights(const Tensor& grad, const Tensor& state) {
   using W = SideWeights<T>;
   const int64_t count = grad.size(1);
   W weights = make_side_weights<T>(count);
-  const T *g = static_cast<const T*>(grad.const_data_ptr()), *s = static_cast<const T*>(state.const_data_ptr());
+  const T *g = static_cast<const T*>(grad.const_data_ptr()),
+          *s = static_cast<const T*>(state.const_data_ptr());
   for (int64_t i = 0; i < count; i++) {
     for (int side = 0; side < 2; side++) {
       const T max = s[2 * side * count + i], sum = s[(2 * side + 1) * count + i];
@@ -200,12 +202,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> one_positive_op(
   const ScalarType dtype = is_double(query) ? ScalarType::Double : ScalarType::Float;
   auto gradient = [&](const Tensor& x, int bit) {
     const bool needed = needs >> bit & 1;
-    return needed ? torch::stable::new_empty(query, x.sizes(), dtype) : torch::stable::new_empty(query, {0}, dtype);
+    return needed ? torch::stable::new_empty(query, x.sizes(), dtype)
+                  : torch::stable::new_empty(query, {0}, dtype);
   };
   Tensor loss = torch::stable::new_empty(query, {}, dtype);
   Tensor grad_query = gradient(query, 0), grad_positive = gradient(positive, 1);
   Tensor grad_negatives = negatives ? gradient(*negatives, 2) : torch::stable::new_empty(query, {0}, dtype);
-  Tensor grad_scale = needs >> 3 & 1 ? torch::stable::new_empty(scale, {}) : torch::stable::new_empty(scale, {0});
+  Tensor grad_scale =
+      needs >> 3 & 1 ? torch::stable::new_empty(scale, {}) : torch::stable::new_empty(scale, {0});
   const OnePositive args{input_of(query),
                          input_of(positive),
                          negatives ? input_of(*negatives) : Input{},
@@ -225,8 +229,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> one_positive_op(
   return {loss, grad_query, grad_positive, grad_negatives, grad_scale};
 }
 
-void topk_op(Tensor query, Tensor key, OptionalTensor exclude_query, OptionalTensor exclude_key, Tensor values,
-             Tensor indices) {
+void topk_op(Tensor query, Tensor key, OptionalTensor exclude_query, OptionalTensor exclude_key,
+             Tensor values, Tensor indices) {
   auto run = [&](auto zero) {
     using T = decltype(zero);
     OwnedProblem<T> owned(query, key, 1.0, {}, exclude_query, exclude_key, {}, {}, false);
@@ -236,25 +240,19 @@ void topk_op(Tensor query, Tensor key, OptionalTensor exclude_query, OptionalTen
   is_double(query) ? run(0.0) : run(0.0f);
 }
 
-void mochi_op(Tensor query, Tensor positive, Tensor keys, Tensor scale, Tensor first, Tensor second, Tensor alpha,
-              Tensor partner, Tensor beta, int64_t n_hard, Tensor loss, Tensor grad_query, Tensor grad_positive,
-              Tensor grad_scale) {
+void mochi_op(Tensor query, Tensor positive, Tensor keys, Tensor scale, Tensor first, Tensor second,
+              Tensor alpha, Tensor partner, Tensor beta, int64_t n_hard, Tensor loss, Tensor grad_query,
+              Tensor grad_positive, Tensor grad_scale) {
   auto run = [&](auto zero) {
     using T = decltype(zero);
     auto weights = [](const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); };
     auto ranks = [](const Tensor& x) { return static_cast<const int64_t*>(x.const_data_ptr()); };
-    const Mochi<T> args{input_of(query),
-                        input_of(positive),
-                        input_of(keys),
-                        *static_cast<const double*>(scale.const_data_ptr()),
-                        n_hard,
-                        first.size(1),
-                        partner.size(1),
-                        ranks(first),
-                        ranks(second),
-                        ranks(partner),
-                        weights(alpha),
-                        weights(beta)};
+    const Mochi<T> args{input_of(query), input_of(positive),
+                        input_of(keys),  *static_cast<const double*>(scale.const_data_ptr()),
+                        n_hard,          first.size(1),
+                        partner.size(1), ranks(first),
+                        ranks(second),   ranks(partner),
+                        weights(alpha),  weights(beta)};
     mochi<T>(args, {out_of<T>(loss), out_of<T>(grad_query), out_of<T>(grad_positive), out_of<T>(grad_scale)});
   };
   is_double(query) ? run(0.0) : run(0.0f);
@@ -270,20 +268,25 @@ void force_isa_op(int64_t level) { force_isa(static_cast<Isa>(level)); }
 
 STABLE_TORCH_LIBRARY(fastcl_native, m) {
   m.def(
-      "stats_forward(Tensor x, Tensor y, float scale, Tensor? bias2, Tensor? exclude_query, Tensor? exclude_key, "
+      "stats_forward(Tensor x, Tensor y, float scale, Tensor? bias2, Tensor? exclude_query, Tensor? "
+      "exclude_key, "
       "Tensor? positive_query, Tensor? positive_key, bool symmetric, bool columns, Tensor(a!) rows, "
       "Tensor(b!) row_state, Tensor(c!) columns_out, Tensor(d!) column_state, Tensor(e!) weighted) -> ()");
   m.def(
-      "stats_backward(Tensor x, Tensor y, float scale, Tensor? bias2, Tensor? exclude_query, Tensor? exclude_key, "
+      "stats_backward(Tensor x, Tensor y, float scale, Tensor? bias2, Tensor? exclude_query, Tensor? "
+      "exclude_key, "
       "Tensor? positive_query, Tensor? positive_key, bool symmetric, bool columns, Tensor grad_rows, "
-      "Tensor row_state, Tensor grad_columns, Tensor column_state, Tensor(a!) query_sums, Tensor(b!) key_sums, "
+      "Tensor row_state, Tensor grad_columns, Tensor column_state, Tensor(a!) query_sums, Tensor(b!) "
+      "key_sums, "
       "Tensor(c!) bias_sums) -> ()");
   m.def(
       "topk(Tensor query, Tensor key, Tensor? exclude_query, Tensor? exclude_key, Tensor(a!) values, "
       "Tensor(b!) indices) -> ()");
   m.def(
-      "mochi(Tensor query, Tensor positive, Tensor keys, Tensor scale, Tensor first, Tensor second, Tensor alpha, "
-      "Tensor partner, Tensor beta, int n_hard, Tensor(a!) loss, Tensor(b!) grad_query, Tensor(c!) grad_positive, "
+      "mochi(Tensor query, Tensor positive, Tensor keys, Tensor scale, Tensor first, Tensor second, Tensor "
+      "alpha, "
+      "Tensor partner, Tensor beta, int n_hard, Tensor(a!) loss, Tensor(b!) grad_query, Tensor(c!) "
+      "grad_positive, "
       "Tensor(d!) grad_scale) -> ()");
   m.def("isa_levels() -> (int, int)");
   m.def("force_isa(int level) -> ()");

@@ -4,7 +4,7 @@ namespace fastcl {
 
 namespace {
 
-constexpr int64_t kKeyRows = 192;   // keys per tile
+constexpr int64_t kKeyRows = 192;    // keys per tile
 constexpr int64_t kStripLanes = 64;  // queries per strip: it should stay in the cache
 constexpr int64_t kMaxStrip = int64_t{16} << 20;
 
@@ -17,7 +17,8 @@ template <class T>
 void block_logits(const Problem<T>& problem, Tile<T> tile, const T* packed, const T* key, int64_t key_stride,
                   int64_t query_begin, int64_t key_begin) {
   const Kernels<T>& k = kernels<T>();
-  k.logits(tile, key, key_stride, packed, problem.query.width, problem.bias2 ? problem.bias2 + key_begin : nullptr);
+  k.logits(tile, key, key_stride, packed, problem.query.width,
+           problem.bias2 ? problem.bias2 + key_begin : nullptr);
   if (problem.exclude.row)
     k.exclude(tile, {problem.exclude.row + key_begin, problem.exclude.lane + query_begin});
 }
@@ -34,15 +35,16 @@ void rescale(int64_t lanes, const T* before, const T* now, T* sum, T* out, int64
 }
 
 template <class T>
-void attend_block(const Problem<T>& problem, Selector<T>* selector, int64_t part, int64_t begin, int64_t lanes,
-                  int64_t block, int64_t key_first, int64_t key_last, LogSum<T> state, T* out, int64_t width,
-                  Scratch& scratch) {
+void attend_block(const Problem<T>& problem, Selector<T>* selector, int64_t part, int64_t begin,
+                  int64_t lanes, int64_t block, int64_t key_first, int64_t key_last, LogSum<T> state, T* out,
+                  int64_t width, Scratch& scratch) {
   const Kernels<T>& k = kernels<T>();
   T* packed = scratch.take<T>(kPackedSlot, block * problem.query.width);
   T* before = scratch.take<T>(kQuerySlot, block);
   Tile<T> tile{scratch.take<T>(kTileSlot, kKeyRows * block), block, 0, lanes};
   std::fill_n(out, lanes * width, T(0));
-  k.pack_lanes(packed, problem.query.row(begin), problem.query.stride, lanes, problem.query.width, problem.scale2);
+  k.pack_lanes(packed, problem.query.row(begin), problem.query.stride, lanes, problem.query.width,
+               problem.scale2);
   for (int64_t key_begin = key_first; key_begin < key_last; key_begin += kKeyRows) {
     tile.rows = std::min(kKeyRows, key_last - key_begin);
     int64_t key_stride;
@@ -78,7 +80,8 @@ Attended<T> attend(const Problem<T>& problem, Selector<T>* selector) {
   for_each_task(blocks * key_parts, [&](int64_t task, Scratch& scratch) {
     const int64_t begin = task % blocks * block, part = task / blocks;
     attend_block(problem, selector, part, begin, std::min(block, queries - begin), block,
-                 keys * part / key_parts, keys * (part + 1) / key_parts, states[part].negative(begin), sums.row(part, begin), width, scratch);
+                 keys * part / key_parts, keys * (part + 1) / key_parts, states[part].negative(begin),
+                 sums.row(part, begin), width, scratch);
   });
   if (key_parts == 1) return {std::move(states[0]), std::move(sums)};
 
@@ -154,9 +157,9 @@ AttendedKeys<T> attend_with_keys(const Problem<T>& problem, const std::function<
   return result;
 }
 
-#define FASTCL_INSTANTIATE(T)                              \
-  template Attended<T> attend<T>(const Problem<T>&, Selector<T>*);       \
-  template bool strips_fit<T>(const Problem<T>&);          \
+#define FASTCL_INSTANTIATE(T)                                      \
+  template Attended<T> attend<T>(const Problem<T>&, Selector<T>*); \
+  template bool strips_fit<T>(const Problem<T>&);                  \
   template AttendedKeys<T> attend_with_keys<T>(const Problem<T>&, const std::function<T(int64_t, T, T)>&);
 FASTCL_INSTANTIATE(float)
 FASTCL_INSTANTIATE(double)

@@ -41,9 +41,7 @@ struct BFloat16 {
 template <class T>
 void load_rows(T* dst, int64_t dst_stride, const void* src, DType dtype, int64_t src_stride, int64_t rows,
                int64_t width, const T* factor) {
-  auto convert = [&](auto* typed) {
-    convert_rows(dst, dst_stride, typed, src_stride, rows, width, factor);
-  };
+  auto convert = [&](auto* typed) { convert_rows(dst, dst_stride, typed, src_stride, rows, width, factor); };
   switch (dtype) {
     case DType::float64:
       return convert(static_cast<const double*>(src));
@@ -90,8 +88,8 @@ void pack_lanes(T* packed, const T* x, int64_t stride, int64_t lanes, int64_t wi
 template <class T>
 void logits(Tile<T> tile, const T* y, int64_t y_stride, const T* packed, int64_t width, const T* bias) {
   const int64_t padded = vectors_of(tile) * kLanes<T>;
-  gemm<T>(tile.rows, padded, width, {y, y_stride, 1}, packed, kPanel<T>, kPanel<T> * width, tile.s, tile.stride,
-          Start::bias, bias);
+  gemm<T>(tile.rows, padded, width, {y, y_stride, 1}, packed, kPanel<T>, kPanel<T> * width, tile.s,
+          tile.stride, Start::bias, bias);
   for (int64_t r = 0; r < tile.rows; r++)
     for (int64_t i = tile.lanes; i < padded; i++) tile.row(r)[i] = excluded_logit<T>;
 }
@@ -319,12 +317,14 @@ void pair_weights(Tile<T> tile, Tile<T> positive, const typename Kernels<T>::Pai
     for (int64_t i = 0; i < vectors_of(tile) * kLanes<T>; i += kLanes<T>) {
       const Vec<T> negative = load(tile.row(r) + i), p = load(positive.row(r) + i);
       const auto is_positive = p > excluded_logit<T> / 2 || p != p;
-      auto weigh = [&](Vec<T> max, Vec<T> factor, Vec<T> positive_max, Vec<T> positive_factor, Vec<T> constant) {
+      auto weigh = [&](Vec<T> max, Vec<T> factor, Vec<T> positive_max, Vec<T> positive_factor,
+                       Vec<T> constant) {
         const Vec<T> weight = exp2(is_positive ? p - positive_max : negative - max);
         return weight * (is_positive ? positive_factor : factor) + (is_positive ? constant : zero);
       };
-      Vec<T> w = weigh(load(lane->negative.max + i), load(lane->negative.factor + i), load(lane->positive.max + i),
-                       load(lane->positive.factor + i), load(lane->constant + i));
+      Vec<T> w =
+          weigh(load(lane->negative.max + i), load(lane->negative.factor + i), load(lane->positive.max + i),
+                load(lane->positive.factor + i), load(lane->constant + i));
       if (row)
         w += weigh(splat(row->negative.max[r]), splat(row->negative.factor[r]), splat(row->positive.max[r]),
                    splat(row->positive.factor[r]), splat(row->constant[r]));
@@ -354,10 +354,10 @@ int64_t select_above(Tile<T> tile, const T* threshold, Selected<T> selected) {
 
 template <class T>
 constexpr Kernels<T> kTable = {
-    kLanes<T>,       kPanel<T>,       load_rows<T>,    dot<T>,         add_scaled<T>,   pack_lanes<T>,
-    logits<T>,       add_to_lanes<T>, add_to_rows<T>,  exclude<T>,     split<T>,        lane_max<T>,
-    lane_log_sum<T>, both_log_sum<T>, exponentiate<T>, lane_weights<T>, both_weights<T>, pair_weights<T>,
-    select_above<T>,
+    kLanes<T>,       kPanel<T>,       load_rows<T>,    dot<T>,          add_scaled<T>,
+    pack_lanes<T>,   logits<T>,       add_to_lanes<T>, add_to_rows<T>,  exclude<T>,
+    split<T>,        lane_max<T>,     lane_log_sum<T>, both_log_sum<T>, exponentiate<T>,
+    lane_weights<T>, both_weights<T>, pair_weights<T>, select_above<T>,
 };
 
 }  // namespace

@@ -10,7 +10,7 @@ namespace fastcl {
 
 namespace {
 
-constexpr size_t kPooled = size_t{32} << 20;  // all that the pool may hold
+constexpr size_t kPooled = size_t{80} << 20;  // all that the pool may hold
 
 struct Header {
   size_t bytes;

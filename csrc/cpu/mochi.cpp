@@ -29,8 +29,8 @@ class Mixer {
     partner_ = args_.partner + i * args_.n_query_mix;
     beta_ = args_.beta + i * args_.n_query_mix;
     for (int64_t r = 0; r < args_.n_hard; r++) {
-      k_.load_rows(hard_ + r * stride_, stride_, keys_.source(index[r]), keys_.dtype, keys_.stride, 1, keys_.width,
-                   nullptr);
+      k_.load_rows(hard_ + r * stride_, stride_, keys_.source(index[r]), keys_.dtype, keys_.stride, 1,
+                   keys_.width, nullptr);
       squared_[r] = k_.dot(hard_ + r * stride_, hard_ + r * stride_, stride_);
     }
     const T query_squared = k_.dot(query, query, stride_);
@@ -41,7 +41,8 @@ class Mixer {
     }
     for (int64_t h = 0; h < args_.n_query_mix; h++) {
       const int64_t b = partner_[h];
-      set(args_.n_mix + h, beta_[h], query_squared, query_squared, similarity[b], squared_[b], similarity[b], scale2);
+      set(args_.n_mix + h, beta_[h], query_squared, query_squared, similarity[b], squared_[b], similarity[b],
+          scale2);
     }
     T highest = *max;
     for (int64_t h = 0; h < count_; h++) highest = logit_[h] > highest ? logit_[h] : highest;
@@ -118,8 +119,8 @@ void mochi(const Mochi<T>& args, const MochiResult<T>& result) {
     for (int64_t i = begin; i < end; i++) {
       const LogSum<T> queue = attended.rows.negative(i);
       T max = *queue.max, total = *queue.sum;
-      mixer.add(i, query.row(i), similarity.get() + i * args.n_hard, index.get() + i * args.n_hard, problem.scale2,
-                &max, &total);
+      mixer.add(i, query.row(i), similarity.get() + i * args.n_hard, index.get() + i * args.n_hard,
+                problem.scale2, &max, &total);
       const T positive_logit = static_cast<T>(args.scale * k.dot(query.row(i), positive.row(i), stride));
       const SoftPlus<T> loss = softplus(log_sum_exp(max, total) - positive_logit);
       result.loss[i] = loss.value;

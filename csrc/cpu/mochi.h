@@ -18,9 +18,9 @@ struct Mochi {
 // Per query, for an incoming gradient of 1; null where not wanted.
 template <class T>
 struct MochiResult {
-  T* loss;               // (N)
-  T *query, *positive;   // (N, D)
-  T* scale;              // (N)
+  T* loss;              // (N)
+  T *query, *positive;  // (N, D)
+  T* scale;             // (N)
 };
 
 template <class T>

@@ -35,12 +35,6 @@ class Loss {
     } else {
       problem_.exclude = {args.query_ids ? args.negative_ids : nullptr, args.query_ids};
     }
-    positive_logit_ = allocate<T>(rows_);
-    for_each_range(rows_, kRowGrain, [&](int64_t begin, int64_t end, Scratch&) {
-      for (int64_t i = begin; i < end; i++)
-        positive_logit_[i] = static_cast<T>(
-            args.scale * kernels<T>().dot(query_.row(i), positive_row(i), query_.stride));
-    });
     pull_ = allocate_filled<T>(rows_, T(0));
     losses_ = allocate_filled<T>(rows_, T(0));
   }
@@ -81,7 +75,8 @@ class Loss {
 
   // Adds one direction's loss of row i, weighted, and returns the gradient of its lse_neg.
   T add_loss(int64_t i, T max, T sum, T weight) {
-    const SoftPlus<T> loss = softplus(log_sum_exp(max, sum) - positive_logit_[i]);
+    const T similarity = kernels<T>().dot(query_.row(i), positive_row(i), query_.stride);
+    const SoftPlus<T> loss = softplus(log_sum_exp(max, sum) - static_cast<T>(args_.scale * similarity));
     losses_[i] += weight * loss.value;
     const T gradient = loss.slope * weight * incoming_;
     pull_[i] += gradient;
@@ -157,7 +152,8 @@ class Loss {
   }
 
   static void add_parts(const Partials<T>& partials, int64_t i, T* sum) {
-    for (int64_t p = 0; p < partials.parts; p++) kernels<T>().add_scaled(sum, partials.row(p, i), T(1), partials.width);
+    for (int64_t p = 0; p < partials.parts; p++)
+      kernels<T>().add_scaled(sum, partials.row(p, i), T(1), partials.width);
   }
 
   // Gradients of one side: sum(i, out) gathers a row's, out(i) says where it goes (null: nowhere).
@@ -222,8 +218,7 @@ class Loss {
   Buffer<int64_t> ids_;
   int64_t rows_;
   T incoming_;
-  Buffer<T> positive_logit_;  // natural units
-  Buffer<T> pull_;            // minus the gradient of the positive's logit
+  Buffer<T> pull_;  // minus the gradient of the positive's logit
   Buffer<T> losses_;
 };
 

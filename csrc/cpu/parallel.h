@@ -1,10 +1,10 @@
 // Tasks over torch's own threads, and scratch memory that each thread keeps.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <atomic>
-
-#include <torch/csrc/stable/ops.h>
 
 #include "cpu/memory.h"
 

@@ -50,10 +50,10 @@ struct Rows {
 template <class T>
 struct Problem {
   Rows<T> query, key;
-  T scale2 = 0;            // logits in log2 units per unit of similarity
+  T scale2 = 0;              // logits in log2 units per unit of similarity
   const T* bias2 = nullptr;  // (M), log2 units, or null
-  Ids exclude, positive;   // row: key ids (M), lane: query ids (N); null without the rule
-  bool symmetric = false;  // key is query: tiles above the diagonal serve both sides
+  Ids exclude, positive;     // row: key ids (M), lane: query ids (N); null without the rule
+  bool symmetric = false;    // key is query: tiles above the diagonal serve both sides
 };
 
 // Scratch slots of a task.

@@ -5,15 +5,16 @@ namespace fastcl {
 namespace {
 
 constexpr int64_t kMaxKeptBytes = int64_t{48} << 20;
+constexpr int64_t kMinKeptShare = 8;  // at least one tile in so many, or none
 
 // Walks the tiles of a task and makes their logits, with the pair rule applied, or finds them made.
 template <class T>
 class TileWalk {
  public:
-  TileWalk(const Problem<T>& problem, const Plan& plan, int64_t task, Scratch& scratch, const KeptTiles<T>& kept,
-           bool made)
+  TileWalk(const Problem<T>& problem, const Plan& plan, int64_t task, Scratch& scratch,
+           const KeptTiles<T>& kept, bool made)
       : problem_(problem), plan_(plan), task_(task), scratch_(scratch), kept_(kept), made_(made) {
-    tile_.s = kept ? nullptr : scratch.take<T>(kTileSlot, plan.block * plan.block);
+    spare_ = scratch.take<T>(kTileSlot, plan.block * plan.block);
     tile_.stride = plan.block;
     positive_ = tile_;
     if (problem.positive.row) positive_.s = scratch.take<T>(kPositiveSlot, plan.block * plan.block);
@@ -30,18 +31,19 @@ class TileWalk {
     plan_.for_query_blocks(plan_.query_part(task_), [&](int64_t block) {
       const int64_t begin = block * plan_.block;
       tile_.lanes = std::min(plan_.block, problem_.query.count - begin);
-      if (!made_)
-        k_.pack_lanes(packed_, problem_.query.row(begin), problem_.query.stride, tile_.lanes,
-                      problem_.query.width, problem_.scale2);
+      k_.pack_lanes(packed_, problem_.query.row(begin), problem_.query.stride, tile_.lanes,
+                    problem_.query.width, problem_.scale2);
       const int64_t first = problem_.symmetric ? block : plan_.key_begin(part);
       for (int64_t j = first; j < plan_.key_end(part); j++) {
         const int64_t key_begin = j * plan_.block;
         tile_.rows = std::min(plan_.block, problem_.key.count - key_begin);
         int64_t key_stride;
         const T* key = problem_.key.tile(key_begin, tile_.rows, kKeySlot, scratch_, &key_stride);
-        if (kept_) tile_.s = kept_.tile(block, j);
-        if (!made_)
-          make_logits(key, key_stride, begin, key_begin, lane, problem_.symmetric && j == block ? nullptr : row);
+        T* const kept = kept_.tile(block, j);
+        tile_.s = kept ? kept : spare_;
+        if (!kept || !made_)
+          make_logits(key, key_stride, begin, key_begin, lane,
+                      problem_.symmetric && j == block ? nullptr : row);
         body(tile_, positive_, begin, key_begin, key, key_stride);
       }
     });
@@ -57,7 +59,8 @@ class TileWalk {
     positive_.rows = tile_.rows;
     positive_.lanes = tile_.lanes;
     auto sums = [&](const State<T>* state, int field, int64_t offset) {
-      return state ? state->field(field) + offset : unused_ + (field == State<T>::kPosCount ? plan_.block : 0);
+      return state ? state->field(field) + offset
+                   : unused_ + (field == State<T>::kPosCount ? plan_.block : 0);
     };
     k_.split(tile_, positive_, {p.positive.row + key_begin, p.positive.lane + begin},
              sums(lane, State<T>::kPosTotal, begin), sums(lane, State<T>::kPosCount, begin),
@@ -72,7 +75,7 @@ class TileWalk {
   const bool made_;
   const Kernels<T>& k_ = kernels<T>();
   Tile<T> tile_, positive_;
-  T *packed_, *unused_;
+  T *spare_, *packed_, *unused_;
 };
 
 template <class T>
@@ -95,12 +98,15 @@ void clear(const Partials<T>& partials, int64_t part, int64_t begin, int64_t end
 template <class T>
 KeptTiles<T> make_kept_tiles(const Problem<T>& problem) {
   KeptTiles<T> kept;
-  kept.plan = make_plan(problem.query.count, problem.key.count, problem.query.width, problem.symmetric, kSumParts);
+  kept.plan =
+      make_plan(problem.query.count, problem.key.count, problem.query.width, problem.symmetric, kSumParts);
   kept.symmetric = problem.symmetric;
   const int64_t blocks = kept.plan.query_blocks, block = kept.plan.block;
   const int64_t tiles = problem.symmetric ? blocks * (blocks + 1) / 2 : blocks * kept.plan.key_blocks;
-  const int64_t count = tiles * block * block;
-  if (count * static_cast<int64_t>(sizeof(T)) <= kMaxKeptBytes) kept.tiles = allocate<T>(count);
+  const int64_t affordable = kMaxKeptBytes / (block * block * static_cast<int64_t>(sizeof(T)));
+  if (affordable * kMinKeptShare < tiles) return kept;
+  kept.capacity = std::min(tiles, affordable);
+  kept.tiles = allocate<T>(kept.capacity * block * block);
   return kept;
 }
 
@@ -120,18 +126,19 @@ Statistics<T> statistics(const Problem<T>& problem, bool columns, const KeptTile
     const State<T>& lane = lane_parts[problem.symmetric ? query_part : plan.key_part(task)];
     const State<T>* row = problem.symmetric ? &lane : columns ? &row_parts[query_part] : nullptr;
     TileWalk<T>(problem, plan, task, scratch, keep, false)
-        .run(&lane, row, [&](Tile<T> tile, Tile<T> positive, int64_t begin, int64_t key_begin, const T*, int64_t) {
-          const bool both = columns || (problem.symmetric && begin != key_begin);
-          if (both)
-            k.both_log_sum(tile, lane.negative(begin), row->negative(key_begin));
-          else
-            k.lane_log_sum(tile, lane.negative(begin));
-          if (!problem.positive.row) return;
-          if (both)
-            k.both_log_sum(positive, lane.positive(begin), row->positive(key_begin));
-          else
-            k.lane_log_sum(positive, lane.positive(begin));
-        });
+        .run(&lane, row,
+             [&](Tile<T> tile, Tile<T> positive, int64_t begin, int64_t key_begin, const T*, int64_t) {
+               const bool both = columns || (problem.symmetric && begin != key_begin);
+               if (both)
+                 k.both_log_sum(tile, lane.negative(begin), row->negative(key_begin));
+               else
+                 k.lane_log_sum(tile, lane.negative(begin));
+               if (!problem.positive.row) return;
+               if (both)
+                 k.both_log_sum(positive, lane.positive(begin), row->positive(key_begin));
+               else
+                 k.lane_log_sum(positive, lane.positive(begin));
+             });
   });
   Statistics<T> result;
   result.rows = merge_parts(std::move(lane_parts), queries);
@@ -156,7 +163,8 @@ PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, con
   const bool symmetric = problem.symmetric;
   const Plan plan = kept ? kept.plan : make_plan(queries, keys, problem.query.width, symmetric, kSumParts);
   PairSums<T> sums;
-  if (wanted.query) sums.query = make_partials<T>(symmetric ? plan.query_parts : plan.key_parts, queries, width);
+  if (wanted.query)
+    sums.query = make_partials<T>(symmetric ? plan.query_parts : plan.key_parts, queries, width);
   if (wanted.key) sums.key = make_partials<T>(plan.query_parts, keys, width);
   if (wanted.bias) sums.bias = make_partials<T>(plan.query_parts, keys, 1);
 
@@ -178,7 +186,8 @@ PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, con
     const SideWeights<T>& row_weights = symmetric ? rows : columns;
     TileWalk<T>(problem, plan, task, scratch, kept, static_cast<bool>(kept))
         .run(nullptr, nullptr,
-             [&](Tile<T> tile, Tile<T> positive, int64_t begin, int64_t key_begin, const T* key, int64_t key_stride) {
+             [&](Tile<T> tile, Tile<T> positive, int64_t begin, int64_t key_begin, const T* key,
+                 int64_t key_stride) {
                if (problem.positive.row) {
                  const auto lane_pair = rows.pair(begin);
                  const auto row_pair = row_weights ? row_weights.pair(key_begin) : lane_pair;
@@ -189,25 +198,26 @@ PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, con
                  k.lane_weights(tile, rows.negative(begin));
                }
                if (sums.query)
-                 k.add_to_lanes(tile, key, key_stride, sums.query.row(symmetric ? query_part : key_part, begin), width,
-                                width);
+                 k.add_to_lanes(tile, key, key_stride,
+                                sums.query.row(symmetric ? query_part : key_part, begin), width, width);
                if (symmetric ? begin != key_begin : static_cast<bool>(sums.key))
                  k.add_to_rows(tile, problem.query.row(begin), problem.query.stride,
                                row_out.row(query_part, key_begin), width, width);
                if (sums.bias)
                  for (int64_t r = 0; r < tile.rows; r++)
-                   for (int64_t i = 0; i < tile.lanes; i++) *sums.bias.row(query_part, key_begin + r) += tile.row(r)[i];
+                   for (int64_t i = 0; i < tile.lanes; i++)
+                     *sums.bias.row(query_part, key_begin + r) += tile.row(r)[i];
              });
   });
   return sums;
 }
 
-#define FASTCL_INSTANTIATE(T)                                                                         \
-  template KeptTiles<T> make_kept_tiles<T>(const Problem<T>&);                                        \
-  template Statistics<T> statistics<T>(const Problem<T>&, bool, const KeptTiles<T>&);                 \
-  template SideWeights<T> make_side_weights<T>(int64_t);                                              \
+#define FASTCL_INSTANTIATE(T)                                                                                \
+  template KeptTiles<T> make_kept_tiles<T>(const Problem<T>&);                                               \
+  template Statistics<T> statistics<T>(const Problem<T>&, bool, const KeptTiles<T>&);                        \
+  template SideWeights<T> make_side_weights<T>(int64_t);                                                     \
   template PairSums<T> pair_sums<T>(const Problem<T>&, const SideWeights<T>&, const SideWeights<T>&, Wanted, \
-                                             const KeptTiles<T>&);
+                                    const KeptTiles<T>&);
 FASTCL_INSTANTIATE(float)
 FASTCL_INSTANTIATE(double)
 

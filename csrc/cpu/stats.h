@@ -5,22 +5,23 @@
 
 namespace fastcl {
 
-// The logits of all tiles, kept from the statistics for the backward pass where they are few enough:
-// a bounded amount of memory, and half a product less.
+// The logits of the first tiles, kept from the statistics for the backward pass: a bounded amount of
+// memory that saves up to half a product, unless it is too small a part of the matrix to matter.
 template <class T>
 struct KeptTiles {
   Buffer<T> tiles;
   Plan plan;
+  int64_t capacity = 0;
   bool symmetric = false;
 
+  // Null where the tile is not kept.
   T* tile(int64_t query_block, int64_t key_block) const {
     const int64_t index = symmetric ? query_block * (2 * plan.key_blocks - query_block - 1) / 2 + key_block
                                     : query_block * plan.key_blocks + key_block;
-    return tiles.get() + index * plan.block * plan.block;
+    return index < capacity ? tiles.get() + index * plan.block * plan.block : nullptr;
   }
-  explicit operator bool() const { return static_cast<bool>(tiles); }
+  explicit operator bool() const { return capacity > 0; }
 };
-// Room for all tiles, or nothing if that were too much.
 template <class T>
 KeptTiles<T> make_kept_tiles(const Problem<T>& problem);
 

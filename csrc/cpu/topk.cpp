@@ -16,7 +16,8 @@ int64_t parts_for(int64_t queries, int64_t keys) {
 template <class T>
 void scan(const Problem<T>& problem, int64_t parts, Selector<T>& selector) {
   const int64_t queries = problem.query.count, keys = problem.key.count;
-  const int64_t block = std::clamp(round_up(queries, kLaneUnit), kLaneUnit, kMaxBlock), blocks = ceil_div(queries, block);
+  const int64_t block = std::clamp(round_up(queries, kLaneUnit), kLaneUnit, kMaxBlock),
+                blocks = ceil_div(queries, block);
   for_each_task(blocks * parts, [&](int64_t task, Scratch& scratch) {
     const Kernels<T>& k = kernels<T>();
     const int64_t begin = task % blocks * block, part = task / blocks;
@@ -85,7 +86,8 @@ void Selector<T>::shrink(std::vector<Candidate>& candidates, T* threshold) const
 }
 
 template <class T>
-void Selector<T>::offer(Tile<T> tile, int64_t query_begin, int64_t part, int64_t key_begin, Scratch& scratch) {
+void Selector<T>::offer(Tile<T> tile, int64_t query_begin, int64_t part, int64_t key_begin,
+                        Scratch& scratch) {
   Selected<T> selected{scratch.take<T>(kPositiveSlot, tile.rows * tile.stride),
                        scratch.take<int32_t>(kSumSlot, 2 * tile.rows * tile.stride)};
   T* threshold = threshold_.get() + part * stride_ + query_begin;

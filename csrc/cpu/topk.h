@@ -33,7 +33,7 @@ class Selector {
 
   int64_t queries_, k_, parts_, stride_;
   bool estimated_ = false;
-  Buffer<T> threshold_;                          // [parts, stride]
+  Buffer<T> threshold_;                             // [parts, stride]
   std::vector<std::vector<Candidate>> candidates_;  // [parts * queries]
 };
 

@@ -11,29 +11,31 @@ UnitRows<T> unit_rows(std::initializer_list<Input> inputs, bool normalize) {
   for (const Input& input : inputs) unit.count += input.count;
   unit.rows = allocate<T>(unit.count * unit.stride);
   if (normalize) unit.inverse = allocate<T>(unit.count);
-  int64_t offset = 0;
-  for (const Input& input : inputs) {
-    for_each_range(input.count, kRowGrain, [&](int64_t begin, int64_t end, Scratch&) {
+  for_each_range(unit.count, kRowGrain, [&](int64_t begin, int64_t end, Scratch&) {
+    int64_t offset = 0;
+    for (const Input& input : inputs) {
+      const int64_t first = std::max(begin, offset), last = std::min(end, offset + input.count);
       const Rows<T> raw{input.data, input.dtype, input.stride, input.count, input.width};
-      k.load_rows(unit.row(offset + begin), unit.stride, raw.source(begin), input.dtype, input.stride, end - begin,
-                  input.width, nullptr);
-      for (int64_t i = offset + begin; normalize && i < offset + end; i++) {
-        const T norm = std::sqrt(k.dot(unit.row(i), unit.row(i), unit.stride));
-        const T inverse = norm == 0 ? T(0) : 1 / std::max(norm, T(1e-12));
-        unit.inverse[i] = inverse;
-        for (int64_t d = 0; d < unit.width; d++) unit.row(i)[d] *= inverse;
-      }
-    });
-    offset += input.count;
-  }
+      if (first < last)
+        k.load_rows(unit.row(first), unit.stride, raw.source(first - offset), input.dtype, input.stride,
+                    last - first, input.width, nullptr);
+      offset += input.count;
+    }
+    for (int64_t i = begin; normalize && i < end; i++) {
+      const T norm = std::sqrt(k.dot(unit.row(i), unit.row(i), unit.stride));
+      const T inverse = norm == 0 ? T(0) : 1 / std::max(norm, T(1e-12));
+      unit.inverse[i] = inverse;
+      for (int64_t d = 0; d < unit.width; d++) unit.row(i)[d] *= inverse;
+    }
+  });
   return unit;
 }
 
 template <class T>
 Rows<T> key_rows(const Input& input) {
   const bool same = input.dtype == (sizeof(T) == 4 ? DType::float32 : DType::float64);
-  return {input.data, input.dtype, input.stride, input.count, input.width,
-          same && input.width % kernels<T>().vector == 0};
+  return {input.data,  input.dtype, input.stride,
+          input.count, input.width, same && input.width % kernels<T>().vector == 0};
 }
 
 template <class T>
@@ -52,10 +54,10 @@ SoftPlus<T> softplus(T x) {
   return {std::max(x, T(0)) + std::log1p(decay), (x >= 0 ? T(1) : decay) / (1 + decay)};
 }
 
-#define FASTCL_INSTANTIATE(T)                                                     \
-  template UnitRows<T> unit_rows<T>(std::initializer_list<Input>, bool);          \
-  template Rows<T> key_rows<T>(const Input&);                                     \
-  template T input_gradient<T>(const UnitRows<T>&, int64_t, T, T*);               \
+#define FASTCL_INSTANTIATE(T)                                            \
+  template UnitRows<T> unit_rows<T>(std::initializer_list<Input>, bool); \
+  template Rows<T> key_rows<T>(const Input&);                            \
+  template T input_gradient<T>(const UnitRows<T>&, int64_t, T, T*);      \
   template SoftPlus<T> softplus<T>(T);
 FASTCL_INSTANTIATE(float)
 FASTCL_INSTANTIATE(double)

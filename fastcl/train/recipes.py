@@ -133,7 +133,7 @@ class Run:
         first, *_, last = read_metrics(metrics)
         for metric in ("knn_top1", "knn_top1_few"):
             print(f"{metric:12} {first[metric]:.3f} -> {last[metric]:.3f}")
-        print(f"wrote {metrics}, {picture}, {checkpoint.best_model_path}")
+        print(f"wrote {metrics}, {picture}, {self.out / Path(checkpoint.best_model_path).name}")
 
 
 class _Lines(Callback):

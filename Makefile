@@ -2,13 +2,14 @@
 # make test    the tests
 # make bench   the benchmarks, as a table and a picture under bench/results/
 # make lint    formatting, lint and types
+# make asan    the tests of the native code under AddressSanitizer and UndefinedBehaviorSanitizer
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench lint format asan clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastcl train simclr --data digits --out runs/digits
@@ -30,6 +31,16 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(NATIVE)
+
+# the sanitized extension takes the place of the usual one only while its tests run
+REBUILD = FASTCL_BUILD=cpu $(BIN)/python setup.py -q build_ext --inplace --force
+SANITIZERS = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
+asan: $(VENV)/.installed
+	FASTCL_SANITIZE=1 $(REBUILD)
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  $(BIN)/python -m pytest -p no:cacheprovider -k "(cpu or isa) and not compile and not memory" \
+	  tests/test_isa.py tests/test_stats.py tests/test_topk.py tests/test_losses.py tests/test_degenerate.py \
+	  tests/test_queue.py tests/test_mochi.py; status=$$?; $(REBUILD); exit $$status
 
 clean:
 	rm -rf $(VENV) build *.egg-info fastcl/*.so

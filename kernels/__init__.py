@@ -1,1 +1,1 @@
-"""Triton kernels, imported as ``fastcl.kernels``."""
+"""Where the Triton kernels will live, imported as ``fastcl.kernels``; none is written yet."""

@@ -27,9 +27,9 @@ Pool& pool() {
   return *pool;
 }
 
-// Few distinct sizes, at most a quarter too large, so that a freed block often fits again.
+// Few distinct sizes, little too large, so that a freed block often fits again.
 size_t size_class(size_t bytes) {
-  const size_t step = std::max<size_t>(4096, std::bit_floor(bytes) / 4);
+  const size_t step = std::max<size_t>(4096, std::bit_floor(bytes) / 16);
   return (bytes + step - 1) / step * step;
 }
 

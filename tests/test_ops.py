@@ -85,7 +85,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if str(function) == self.name:
+        if str(function).startswith(self.name):
             self.calls.append((function, args))
         return function(*args, **(kwargs or {}))
 

@@ -48,7 +48,7 @@ clean:
 # torch goes first: the build links against it; and stays, or torchvision would bring another
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" ninja numpy
+	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" numpy
 	$(BIN)/pip install --quiet $(TORCH)
 	touch $@
 

@@ -85,3 +85,15 @@ def test_the_same_bits_for_any_number_of_threads(dtype, shape, threads):
         one, two, three = (everything(count) for count in (1, 2, 3))
     torch.testing.assert_close(two, one, rtol=0, atol=0)
     torch.testing.assert_close(three, one, rtol=0, atol=0)
+
+
+def test_nt_xent_row_for_row_at_4096():
+    z1, z2 = (torch.randn(4096, 128, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    with torch.no_grad():
+        with fastcl.use_backend("reference"):
+            exact = fastcl.nt_xent(z1.double(), z2.double(), 0.1, reduction="none")
+            baseline = fastcl.nt_xent(z1, z2, 0.1, reduction="none")
+        with fastcl.use_backend("cpu"):
+            got = fastcl.nt_xent(z1, z2, 0.1, reduction="none")
+    assert got.shape == (8192,)
+    testing.assert_within_budget(got, exact, baseline, unit=10.0, name="nt_xent rows")

@@ -57,6 +57,14 @@ def check_same_count(name: str, x: Tensor, other_name: str, other: Tensor) -> No
         )
 
 
+def check_pair(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless both are floating (N, D) tensors of one shape, dtype and device."""
+    check_matrix(name, x)
+    check_matrix(other_name, other)
+    check_same_count(other_name, other, name, x)
+    check_same(other_name, other, name, x)
+
+
 def check_vector(name: str, x: Tensor, like: Tensor) -> None:
     """Raise unless ``x`` is a floating (M,) tensor beside the (M, D) tensor ``like``."""
     check_matrix(name, x, 1)

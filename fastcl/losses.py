@@ -9,6 +9,7 @@ from fastcl import dispatch, ops
 from fastcl.checks import (
     check_choice,
     check_matrix,
+    check_pair,
     check_reduction,
     check_same,
     check_same_count,
@@ -58,10 +59,7 @@ def info_nce(
     """
     check_choice("negative_mode", negative_mode, ("unpaired", "paired"))
     check_reduction(reduction)
-    check_matrix("query", query)
-    check_matrix("positive_key", positive_key)
-    check_same_count("positive_key", positive_key, "query", query)
-    check_same("positive_key", positive_key, "query", query)
+    check_pair("query", query, "positive_key", positive_key)
     scale = inverse_scalar("temperature", temperature, query)
     if isinstance(negative_keys, NegativeQueue):
         return _queue_info_nce(query, positive_key, negative_keys, scale, reduction, query_ids)
@@ -100,10 +98,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, *, reduct
         ValueError, TypeError: as :func:`info_nce`.
     """
     check_reduction(reduction)
-    check_matrix("z1", z1)
-    check_matrix("z2", z2)
-    check_same_count("z2", z2, "z1", z1)
-    check_same("z2", z2, "z1", z1)
+    check_pair("z1", z1, "z2", z2)
     scale = inverse_scalar("temperature", temperature, z1)
     return _one_positive(OnePositive(z1, z2, None, scale, None, None, VIEWS, True, True, reduction))
 
@@ -135,10 +130,7 @@ def clip_loss(
         ValueError, TypeError: as :func:`info_nce`.
     """
     check_reduction(reduction)
-    check_matrix("image_features", image_features)
-    check_matrix("text_features", text_features)
-    check_same_count("text_features", text_features, "image_features", image_features)
-    check_same("text_features", text_features, "image_features", image_features)
+    check_pair("image_features", image_features, "text_features", text_features)
     scale = scalar("logit_scale", logit_scale, image_features)
     return _one_positive(
         OnePositive(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcl import dispatch, ops
-from fastcl.checks import check_matrix, check_reduction, check_same, check_same_count, inverse_scalar
+from fastcl.checks import check_pair, check_reduction, check_same, inverse_scalar
 from fastcl.losses import info_nce
 from fastcl.numerics import compute_dtype, reduce
 from fastcl.problem import Mochi
@@ -74,10 +74,7 @@ def mochi_loss(
         TypeError: dtypes that are not floating, or differ; a queue that is not a NegativeQueue.
     """
     check_reduction(reduction)
-    check_matrix("query", query)
-    check_matrix("positive_key", positive_key)
-    check_same_count("positive_key", positive_key, "query", query)
-    check_same("positive_key", positive_key, "query", query)
+    check_pair("query", query, "positive_key", positive_key)
     if not isinstance(queue, NegativeQueue):
         raise TypeError(f"queue must be a NegativeQueue, got {type(queue).__name__}")
     check_same("queue.keys", queue.keys, "query", query, dtype=False)

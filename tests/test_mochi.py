@@ -1,8 +1,5 @@
 """MoCHi against its definition, with every synthetic negative formed in float64."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +7,8 @@ from torch import nn
 from torch.library import opcheck
 
 import fastcl
+from bench.cases import FASTCL
+from bench.memory import peak_bytes
 from fastcl import MochiDraws, NegativeQueue, mochi_loss, momentum_update_
 
 SIZES = {"n_hard": 20, "n_mix": 15, "n_query_mix": 9}
@@ -175,22 +174,9 @@ def test_checks_its_input():
             mochi_loss(**arguments)
 
 
-GROWTH = """
-import resource, torch, fastcl
-torch.set_num_threads(2)
-queue = fastcl.NegativeQueue(65536, 128)
-query, positive = torch.randn(256, 128, requires_grad=True), torch.randn(256, 128)
-fastcl.mochi_loss(query[:4], positive[:4], queue, n_hard=8, n_mix=4, n_query_mix=4).backward()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-fastcl.mochi_loss(query, positive, queue).backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-"""
-
-
 def test_memory_beyond_the_queue():
     """256 queries on 65,536 keys: the logits alone would be 64 MiB."""
-    run = subprocess.run([sys.executable, "-c", GROWTH], check=True, capture_output=True, text=True)
-    assert float(run.stdout) < 64
+    assert 0 < peak_bytes("mochi-256x128-65536keys", FASTCL) < 64 * 2**20
 
 
 def test_momentum_update():

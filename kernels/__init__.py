@@ -1,1 +1,7 @@
-"""Where the Triton kernels will live, imported as ``fastcl.kernels``; none is written yet."""
+"""The Triton backend: GPU tensors, and CPU tensors under the interpreter; imported by the first call."""
+
+from fastcl.kernels.losses import one_positive
+from fastcl.kernels.queue import enqueue, mochi, topk
+from fastcl.kernels.stats import stats_backward, stats_forward
+
+__all__ = ["enqueue", "mochi", "one_positive", "stats_backward", "stats_forward", "topk"]

@@ -1,0 +1,1 @@
+"""What runs on the device: the kernels, and the functions they share."""

@@ -1,0 +1,158 @@
+"""Gradients of rows: weights formed tile by tile from the saved states, times the other side's rows."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastcl.kernels.device.tile import (
+    LOG2E,
+    included,
+    load_rows,
+    load_vector,
+    logits,
+    products,
+    split_by_label,
+    stored_products,
+)
+
+
+@triton.jit
+def side_weights(side, weights, indices, negatives, positives, axis: tl.constexpr):
+    """The logits' gradients through one side's statistics.
+
+    ``weights`` (5, count): max and slope of the negatives, of the positives, slope of the positives' sum;
+    without labels the first two.
+    """
+    maximum = tl.expand_dims(load_vector(weights, indices, side), axis)
+    slope = tl.expand_dims(load_vector(weights + side.count, indices, side), axis)
+    result = tl.exp2(negatives - maximum) * slope
+    if side.positive is not None:
+        maximum = tl.expand_dims(load_vector(weights + 2 * side.count, indices, side), axis)
+        slope = tl.expand_dims(load_vector(weights + 3 * side.count, indices, side), axis)
+        result += tl.exp2(positives - maximum) * slope
+        constant = tl.expand_dims(load_vector(weights + 4 * side.count, indices, side), axis)
+        result += tl.where(positives == float("-inf"), 0.0, constant)
+    return result
+
+
+@triton.jit
+def tile_weights(own, other, own_weights, other_weights, rows, others, dots, scale2):
+    """The logits' gradients of a tile, [BM, BN]."""
+    values = included(own, other, rows, others, logits(own, other, rows, others, dots, scale2))
+    positives = values
+    if own.positive is not None:
+        values, positives = split_by_label(own, other, rows, others, values)
+    if own_weights is None:
+        result = side_weights(other, other_weights, others, values, positives, 0)
+    else:
+        result = side_weights(own, own_weights, rows, values, positives, 1)
+        if other_weights is not None:
+            result += side_weights(other, other_weights, others, values, positives, 0)
+    return result
+
+
+@triton.jit
+def accumulate(
+    own,
+    other,
+    own_weights,
+    other_weights,
+    rows,
+    scale2,
+    unit,  # a power of two that keeps the weights in the range of the products' dtype
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``sum_j dl_ij factor_j y_j`` [BM, BLOCK_D] and ``sum_j dl_ij`` [BM] over this program's split."""
+    own_tile = None
+    if BLOCK_K == BLOCK_D:
+        own_tile = load_rows(own, rows, 0, D, BLOCK_D, DOT)
+    total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    tiles = tl.cdiv(other.count, BLOCK_N)
+    share = tl.cdiv(tiles, tl.num_programs(1))
+    start = tl.program_id(1) * share
+    for tile in range(start, tl.minimum(start + share, tiles)):
+        others = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        other_tile = load_rows(other, others, 0, D, BLOCK_D, DOT)
+        dots = products(own, other, rows, others, own_tile, other_tile, D, BLOCK_D, BLOCK_K, DOT, PRECISION)
+        weights = tile_weights(own, other, own_weights, other_weights, rows, others, dots, scale2)
+        row_sum += tl.sum(weights, 1)
+        factor = unit
+        if other.factor is not None:
+            factor = unit * load_vector(other.factor, others, other)[None, :]
+        total = tl.dot((weights * factor).to(DOT), other_tile, total, input_precision=PRECISION)
+    return total / unit, row_sum
+
+
+@triton.jit
+def gradient(
+    own,
+    other,
+    scale,  # () float32
+    own_weights,  # (5, N) or None
+    other_weights,  # (5, M) or None
+    unit,  # () float32
+    row_gradient,  # [splits, N, D]
+    row_sums,  # [splits, N] or None
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Partial row gradients through own and other statistics: dq, dk and the symmetric form in one."""
+    block, split = tl.program_id(0), tl.program_id(1)
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    total, row_sum = accumulate(
+        own,
+        other,
+        own_weights,
+        other_weights,
+        rows,
+        tl.load(scale) * LOG2E,
+        tl.load(unit),
+        D,
+        BLOCK_D,
+        BLOCK_K,
+        BLOCK_M,
+        BLOCK_N,
+        DOT,
+        PRECISION,
+    )
+    components = tl.arange(0, BLOCK_D)
+    target = row_gradient + (split.to(tl.int64) * own.count + rows)[:, None] * D + components[None, :]
+    tl.store(target, total, mask=(rows[:, None] < own.count) & (components[None, :] < D))
+    if row_sums is not None:
+        tl.store(row_sums + split.to(tl.int64) * own.count + rows, row_sum, mask=rows < own.count)
+
+
+@triton.jit
+def logit_gradient(
+    own,
+    other,
+    scale,  # () float32
+    matrix,  # stored products
+    own_weights,  # (5, N) or None
+    other_weights,  # (5, M) or None
+    unit,  # () float32
+    result,  # [N, M] in the dtype of the products
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The logits' gradients of stored products, for a library to multiply."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    others = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    dots = stored_products(matrix, own, other, rows, others)
+    weights = tile_weights(own, other, own_weights, other_weights, rows, others, dots, tl.load(scale) * LOG2E)
+    inside = (rows[:, None] < own.count) & (others[None, :] < other.count)
+    target = result + rows.to(tl.int64)[:, None] * other.count + others[None, :]
+    tl.store(target, (weights * tl.load(unit)).to(result.dtype.element_ty), mask=inside)

@@ -1,0 +1,242 @@
+"""Similarity statistics and their gradients.
+
+Up to 256 components the kernels form the products themselves; wider rows are multiplied by the
+library, a chunk of rows at a time, and the same kernels work on what it stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastcl.kernels import launch, tiles
+from fastcl.kernels.device.tile import Partials, Side, Stored
+from fastcl.kernels.launch import UnitRows
+from fastcl.numerics import LOG2E
+from fastcl.problem import Needs, PairGradients, Prepared, Problem, input_gradients, wanted_pairs
+
+_CHUNK_ELEMENTS = 1 << 25
+
+
+class _Sides:
+    """Both sides of a problem as the kernels take them."""
+
+    def __init__(self, problem: Problem) -> None:
+        ready = launch.unit_rows if problem.normalize else launch.given_rows
+        self.query_rows = ready(problem.query)
+        self.key_rows = self.query_rows if problem.symmetric else ready(problem.key)
+        key_factor = self.key_rows.factor
+        if problem.key_scale is not None:
+            key_scale = problem.key_scale.float()
+            key_factor = key_scale.contiguous() if key_factor is None else key_factor * key_scale
+        query_ids, key_ids = (
+            [None if ids is None else ids.contiguous() for ids in side]
+            for side in (
+                (problem.exclude_query, problem.positive_query),
+                (problem.exclude_key, problem.positive_key),
+            )
+        )
+        self.query = self.query_rows.side(exclude=query_ids[0], positive=query_ids[1])
+        self.key = self.key_rows.side(
+            factor=key_factor, bias=launch.bias2(problem.key_bias), exclude=key_ids[0], positive=key_ids[1]
+        )
+        self.scale = problem.scale.float()
+        self.wide = problem.query.shape[1] > tiles.MAX_WIDTH
+
+    def prepared(self) -> Prepared:
+        """What the chain rule to the inputs needs."""
+
+        def column(rows: UnitRows) -> Tensor | None:
+            return None if rows.inverse is None else rows.inverse[:, None]
+
+        query = self.query_rows.unit()
+        key = query if self.key_rows is self.query_rows else self.key_rows.unit()
+        return Prepared(query, key, column(self.query_rows), column(self.key_rows))
+
+
+def stats_forward(problem: Problem, weighted_keys: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`fastcl.chunked.stats_forward`."""
+    sides = _Sides(problem)
+    query, key, scale = sides.query, sides.key, sides.scale
+    columns, column_state, weighted = scale.new_empty(5, 0), scale.new_empty(4, 0), scale.new_empty(0)
+    if weighted_keys:
+        partials, parts = attend(query, key, scale)
+        rows, row_state = launch.merge(partials)
+        return rows, row_state, columns, column_state, launch.merge_weighted(partials, parts, row_state)
+    if sides.wide:
+        return *wide_statistics(query, key, scale, problem.columns), weighted
+    one_pass = query.positive is None and launch.column_partials_fit(query, key)
+    triangle = problem.symmetric and one_pass
+    partials, of_columns = launch.row_statistics(
+        query, key, scale, columns=triangle or (problem.columns and one_pass), triangle=triangle
+    )
+    if triangle:
+        return *launch.merge(partials, of_columns), columns, column_state, weighted
+    if problem.columns:
+        if of_columns is None:
+            of_columns, _ = launch.row_statistics(key, query, scale)
+        columns, column_state = launch.merge(of_columns)
+    return *launch.merge(partials), columns, column_state, weighted
+
+
+def stats_backward(
+    problem: Problem,
+    grad_rows: Tensor,
+    grad_columns: Tensor,
+    row_state: Tensor,
+    column_state: Tensor,
+    needs: Needs,
+) -> tuple[Tensor | None, ...]:
+    """As :func:`fastcl.chunked.stats_backward`."""
+    sides = _Sides(problem)
+    labelled = sides.query.positive is not None
+    query_weights = _weights(grad_rows, row_state, labelled)
+    key_weights = query_weights if problem.symmetric else None
+    if problem.columns:
+        key_weights = _weights(grad_columns, column_state, labelled)
+    unit = _weight_unit(sides, (query_weights, key_weights))
+    run = wide_gradients if sides.wide else _gradients
+    wanted = wanted_pairs(problem, needs)
+    pairs = run(sides.query, sides.key, sides.scale, query_weights, key_weights, unit, *wanted)
+    return input_gradients(problem, sides.prepared(), pairs, needs)
+
+
+def _gradients(
+    query: Side,
+    key: Side,
+    scale: Tensor,
+    query_weights: Tensor,
+    key_weights: Tensor | None,
+    unit: Tensor,
+    want_query: bool,
+    want_key: bool,
+    want_bias: bool,
+) -> PairGradients:
+    query_sum = key_sum = bias_sum = None
+    if want_query:
+        query_sum, _ = launch.row_gradient(query, key, scale, query_weights, key_weights, unit)
+    if want_key or want_bias:
+        key_sum, bias_sum = launch.row_gradient(
+            key, query, scale, key_weights, query_weights, unit, want_bias
+        )
+    return PairGradients(query_sum, key_sum, bias_sum)
+
+
+def _weights(grad: Tensor, state: Tensor, labelled: bool) -> Tensor:
+    """(5, rows): max and slope of the negatives, of the positives, the slope of the positives' sum."""
+    maximum, total = state[0::2], state[1::2]
+    slope = grad[:2] / total.masked_fill(total == 0, torch.inf)
+    finite = maximum.masked_fill(maximum == -torch.inf, 0.0)
+    packed = torch.stack([finite[0], slope[0], finite[1], slope[1], grad[2]])
+    return packed if labelled else packed[:2]
+
+
+def _weight_unit(sides: _Sides, weights: Iterable[Tensor | None]) -> Tensor:
+    """A power of two that brings the largest weight near 1: float16 would lose small ones."""
+    one = sides.scale.new_ones(())
+    if sides.query.rows.dtype != torch.float16:
+        return one
+    slopes = [packed[[1, 3, 4][: len(packed) - 1]] for packed in weights if packed is not None]
+    largest = torch.cat([one[None] * 0, *(slope.abs().flatten() for slope in slopes)]).amax()
+    if sides.key.factor is not None and sides.key.count:
+        largest = largest * sides.key.factor.abs().amax()
+    return launch.power_of_two_over(largest)
+
+
+class _Chunk(NamedTuple):
+    """The products of a chunk of queries with all keys."""
+
+    rows: slice
+    query: Side
+    by_query: Stored
+    by_key: Stored
+
+
+def _chunks(query: Side, key: Side) -> Iterator[_Chunk]:
+    step = max(64, _CHUNK_ELEMENTS // max(1, key.count))
+    for start in range(0, query.count, step):
+        rows = slice(start, min(query.count, start + step))
+        chunk = launch.part(query, rows)
+        matrix = launch.stored(chunk, key)
+        yield _Chunk(rows, chunk, matrix, Stored(matrix.data, 1, key.count))
+
+
+def _operand(side: Side) -> Tensor:
+    """Rows with their factor, in their own dtype."""
+    rows: Tensor = side.rows
+    return rows if side.factor is None else (rows.float() * side.factor[:, None]).to(rows.dtype)
+
+
+def attend(query: Side, key: Side, scale: Tensor, spare: int = 0) -> tuple[Partials, Tensor]:
+    """Partial states and weighted keys (slots, N, D); ``spare`` slots are left to the caller."""
+    if query.rows.shape[1] <= tiles.MAX_WIDTH:
+        return launch.attend_keys(query, key, scale, spare)
+    partials = scale.new_empty(1 + spare, 2, query.count)
+    weighted = scale.new_empty(1 + spare, *query.rows.shape)
+    operand = _operand(key)
+    for chunk in _chunks(query, key):
+        found, _ = launch.row_statistics(chunk.query, key, scale, chunk.by_query)
+        _, state = launch.merge(found)
+        maximum = state[0].masked_fill(state[0] == -torch.inf, 0.0)
+        weights = torch.stack([maximum, torch.ones_like(maximum)])
+        exponentials = launch.logit_gradient(chunk.query, key, scale, chunk.by_query, weights)
+        partials[0][:, chunk.rows] = state[:2]
+        weighted[0][chunk.rows] = launch.matmul(exponentials, operand)
+    return launch.as_partials(partials), weighted
+
+
+def wide_statistics(
+    query: Side, key: Side, scale: Tensor, columns: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Statistics and states of rows and of columns, where the library multiplies the rows."""
+    rows, row_state = scale.new_empty(5, query.count), scale.new_empty(4, query.count)
+    fields = 6 if query.positive is not None else 2
+    running = scale.new_zeros(1, fields, key.count if columns else 0)
+    running[:, : min(fields, 4) : 2] = -torch.inf
+    for chunk in _chunks(query, key):
+        partials, _ = launch.row_statistics(chunk.query, key, scale, chunk.by_query)
+        rows[:, chunk.rows], row_state[:, chunk.rows] = launch.merge(partials)
+        if columns:
+            partials, _ = launch.row_statistics(key, chunk.query, scale, chunk.by_key)
+            joined = launch.as_partials(torch.cat([running, partials.data]))
+            running = _as_partial(*launch.merge(joined), fields)
+    return rows, row_state, *launch.merge(launch.as_partials(running))
+
+
+def _as_partial(statistics: Tensor, state: Tensor, fields: int) -> Tensor:
+    """A merge's result as one partial of another."""
+    if fields == 2:
+        return state[None, :2]
+    return torch.cat([state, statistics[2:3] * LOG2E, statistics[3:4]])[None]
+
+
+def wide_gradients(
+    query: Side,
+    key: Side,
+    scale: Tensor,
+    query_weights: Tensor,
+    key_weights: Tensor | None,
+    unit: Tensor,
+    want_query: bool,
+    want_key: bool,
+    want_bias: bool = False,
+) -> PairGradients:
+    """Pair gradients of rows that the library multiplies; both sides' from one pass."""
+    new = scale.new_zeros
+    query_sum = new(query.rows.shape) if want_query else None
+    key_sum = new(key.rows.shape) if want_key else None
+    bias_sum = new(key.count) if want_bias else None
+    query_operand, key_operand = _operand(query), _operand(key)
+    for chunk in _chunks(query, key):
+        weights = query_weights[:, chunk.rows].contiguous()
+        dlogits = launch.logit_gradient(chunk.query, key, scale, chunk.by_query, weights, key_weights, unit)
+        if query_sum is not None:
+            query_sum[chunk.rows] = launch.matmul(dlogits, key_operand) / unit
+        if key_sum is not None:
+            key_sum += launch.matmul(dlogits.T, query_operand[chunk.rows]) / unit
+        if bias_sum is not None:
+            bias_sum += dlogits.sum(dim=0, dtype=torch.float32) / unit
+    return PairGradients(query_sum, key_sum, bias_sum)

@@ -5,6 +5,9 @@ value fails loudly. FASTCL_SANITIZE=1 builds with AddressSanitizer and Undefined
 """
 
 import os
+import re
+import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,10 +25,17 @@ ISA_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
 }
 CPU_SOURCES = [path for path in Path("csrc/cpu").glob("*.cpp") if path.name != "kernels.cpp"]
+CPU_SOURCES += [Path("csrc/cuda/host_ops.cpp")]  # the CUDA kernels as the tests run them
+CUDA_SOURCES = ["csrc/cuda/device_ops.cpp"]
+# compute_80 also as PTX, which newer GPUs compile for themselves
+CUDA_TARGETS = ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CXX_FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
 SANITIZE = os.environ.get("FASTCL_SANITIZE") == "1"
 if SANITIZE:
     CXX_FLAGS += ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"]
+NVCC = shutil.which("nvcc")
+WITH_CUDA = BUILD == "cuda" or (BUILD == "auto" and NVCC is not None)
 STABLE_ABI = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030a0000")]
 
 
@@ -46,8 +56,10 @@ class Build(build_ext):
         ext.include_dirs += include_paths()
         ext.library_dirs += library_paths()
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            objects = list(pool.map(self.compile_level, ISA_FLAGS))
-        ext.extra_objects += [path for level in objects for path in level]
+            levels = pool.map(self.compile_level, ISA_FLAGS)
+            if WITH_CUDA:
+                self.add_cuda(ext)
+            ext.extra_objects += [path for level in levels for path in level]
         super().build_extension(ext)
 
     def compile_level(self, level):
@@ -59,8 +71,35 @@ class Build(build_ext):
             extra_postargs=[*CXX_FLAGS, *ISA_FLAGS[level]],
         )
 
+    def add_cuda(self, ext):
+        output = Path(self.build_temp) / "device.o"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        command = [NVCC, *NVCC_FLAGS, *(f"-I{path}" for path in ext.include_dirs), "--threads", "0"]
+        command += [f"-gencode={target}" for target in CUDA_TARGETS]
+        try:
+            subprocess.run([*command, "-c", "csrc/cuda/device.cu", "-o", str(output)], check=True)
+        except subprocess.CalledProcessError as error:
+            if BUILD != "auto":
+                raise
+            print(f"fastcl: installing without the CUDA kernels: {error}", file=sys.stderr)
+            return
+        ext.sources += CUDA_SOURCES
+        ext.extra_objects.append(str(output))
+        ext.library_dirs.append(cuda_libraries())
+        # static, and it finds the driver at run time, so that the library loads where there is none
+        ext.libraries += ["cudart_static", "dl", "rt"]
+
     def get_ext_filename(self, fullname):
         return fullname.replace(".", "/") + ".abi3.so"
+
+
+def cuda_libraries():
+    """The folder of the toolkit nvcc belongs to, as nvcc itself tells it: nvcc may be a wrapper."""
+    trace = subprocess.run(
+        [NVCC, "-dryrun", "-x", "cu", os.devnull], stderr=subprocess.PIPE, text=True
+    ).stderr
+    top = Path(re.search(r"^#\$ TOP=(.+)$", trace, re.MULTILINE).group(1))
+    return next(str(path) for path in (top / "lib64", top / "lib") if (path / "libcudart_static.a").exists())
 
 
 def extensions():
@@ -68,8 +107,8 @@ def extensions():
         raise SystemExit(f"FASTCL_BUILD must be one of {', '.join(CHOICES)}, got {BUILD!r}")
     if BUILD == "none":
         return []
-    if BUILD == "cuda":
-        raise SystemExit("FASTCL_BUILD=cuda: this version of fastcl has no CUDA kernels yet")
+    if WITH_CUDA and NVCC is None:
+        raise SystemExit("FASTCL_BUILD=cuda needs nvcc (CUDA 12 or newer) on the PATH, which is not there")
     return [
         Extension(
             "fastcl._native",

@@ -1,24 +1,18 @@
 // The extension's ops, in torch's stable ABI. But for the whole loss, where every microsecond counts,
 // Python hands them inputs whose last dimension is contiguous, and the outputs.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
 
 #include "cpu/attend.h"
 #include "cpu/mochi.h"
 #include "cpu/one_positive.h"
 #include "cpu/stats.h"
 #include "cpu/topk.h"
+#include "tensors.h"
 
 namespace fastcl {
 namespace {
 
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 DType dtype_of(const Tensor& x) {
-  using torch::headeronly::ScalarType;
   switch (x.scalar_type()) {
     case ScalarType::Double:
       return DType::float64;
@@ -32,17 +26,6 @@ DType dtype_of(const Tensor& x) {
 }
 bool is_double(const Tensor& x) { return dtype_of(x) == DType::float64; }
 
-const int64_t* ids_of(const OptionalTensor& ids) {
-  return ids ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr;
-}
-template <class T>
-T* out_of(const Tensor& x) {
-  return x.numel() ? static_cast<T*>(x.mutable_data_ptr()) : nullptr;
-}
-// With the last dimension contiguous; rows may be any distance apart.
-Tensor row_contiguous(const Tensor& x) {
-  return x.size(1) <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x);
-}
 Input input_of(const Tensor& x) {
   return {x.const_data_ptr(), dtype_of(x), x.stride(0), x.size(0), x.size(1)};
 }
@@ -198,18 +181,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> one_positive_op(
   query = row_contiguous(query);
   positive = row_contiguous(positive);
   if (negatives) negatives = row_contiguous(*negatives);
-  using torch::headeronly::ScalarType;
   const ScalarType dtype = is_double(query) ? ScalarType::Double : ScalarType::Float;
-  auto gradient = [&](const Tensor& x, int bit) {
-    const bool needed = needs >> bit & 1;
-    return needed ? torch::stable::new_empty(query, x.sizes(), dtype)
-                  : torch::stable::new_empty(query, {0}, dtype);
-  };
-  Tensor loss = torch::stable::new_empty(query, {}, dtype);
-  Tensor grad_query = gradient(query, 0), grad_positive = gradient(positive, 1);
-  Tensor grad_negatives = negatives ? gradient(*negatives, 2) : torch::stable::new_empty(query, {0}, dtype);
-  Tensor grad_scale =
-      needs >> 3 & 1 ? torch::stable::new_empty(scale, {}) : torch::stable::new_empty(scale, {0});
+  const LossOutputs outputs(query, positive, negatives, scale, dtype, needs);
   const OnePositive args{input_of(query),
                          input_of(positive),
                          negatives ? input_of(*negatives) : Input{},
@@ -222,11 +195,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> one_positive_op(
                          mean};
   auto run = [&](auto zero) {
     using T = decltype(zero);
-    one_positive<T>(args, {out_of<T>(loss), out_of<T>(grad_query), out_of<T>(grad_positive),
-                           out_of<T>(grad_negatives), out_of<double>(grad_scale)});
+    one_positive<T>(args, {out_of<T>(outputs.loss), out_of<T>(outputs.query), out_of<T>(outputs.positive),
+                           out_of<T>(outputs.negatives), out_of<double>(outputs.scale)});
   };
   is_double(query) ? run(0.0) : run(0.0f);
-  return {loss, grad_query, grad_positive, grad_negatives, grad_scale};
+  return outputs.all();
 }
 
 void topk_op(Tensor query, Tensor key, OptionalTensor exclude_query, OptionalTensor exclude_key,

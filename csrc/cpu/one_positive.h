@@ -2,11 +2,9 @@
 #pragma once
 
 #include "cpu/unit_rows.h"
+#include "layout.h"
 
 namespace fastcl {
-
-// With the Python side's numbers.
-enum class Layout : int { views, batch, pairs, negatives };
 
 struct OnePositive {
   Input query, positive, negatives;

@@ -1,0 +1,77 @@
+#include <stdexcept>
+#include <string>
+
+#include "cuda/device.h"
+#include "cuda/enqueue.cuh"
+#include "cuda/one_launch.cuh"
+
+namespace fastcl {
+
+namespace {
+
+template <class T>
+__global__ void __launch_bounds__(kWarps* kLanes, 1) one_launch(const __grid_constant__ OneLaunch<T> args) {
+  const Block block;
+  OneLaunchKernel<T>(block, args).run();
+}
+
+template <class T, class Key>
+__global__ void __launch_bounds__(kWarps* kLanes, 1) enqueue(const __grid_constant__ Enqueue<T, Key> args) {
+  enqueue_rows(Block(), args);
+}
+
+void check(cudaError_t status, const char* kernel, const char* step) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // so that the next launch does not report it again
+  throw std::runtime_error(std::string(kernel) + ": " + step + " failed: " + cudaGetErrorString(status));
+}
+
+template <class Args>
+void launch(void (*kernel)(Args), const char* name, Args args, int blocks, int64_t shared_bytes,
+            void* stream) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name,
+        "reserving shared memory");
+  void* parameters[] = {&args};
+  check(
+      cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(kWarps * kLanes),
+                                  parameters, shared_bytes, static_cast<cudaStream_t>(stream)),
+      name, "launch");
+}
+
+int attribute(cudaDeviceAttr which, int index) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, index), "fastcl", "reading the device's properties");
+  return value;
+}
+
+}  // namespace
+
+DeviceLimits device_limits(int index) {
+  if (attribute(cudaDevAttrComputeCapabilityMajor, index) < 8)
+    return {{}, "the GPU's compute capability is below 8.0"};
+  if (!attribute(cudaDevAttrCooperativeLaunch, index)) return {{}, "the GPU has no cooperative launch"};
+  return {{attribute(cudaDevAttrMultiProcessorCount, index),
+           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index)},
+          nullptr};
+}
+
+template <class T>
+void launch_one_positive(const OneLaunch<T>& args, void* stream) {
+  launch(one_launch<T>, "one_launch", args, args.plan.blocks, args.plan.shared_bytes(), stream);
+}
+
+template <class T, class Key>
+void launch_enqueue(const Enqueue<T, Key>& args, int blocks, void* stream) {
+  launch(enqueue<T, Key>, "enqueue", args, blocks, 0, stream);
+}
+
+#define FASTCL_INSTANTIATE(T)                                                           \
+  template void launch_one_positive<T>(const OneLaunch<T>&, void*);                     \
+  template void launch_enqueue<T, float>(const Enqueue<T, float>&, int, void*);         \
+  template void launch_enqueue<T, c10::Half>(const Enqueue<T, c10::Half>&, int, void*); \
+  template void launch_enqueue<T, c10::BFloat16>(const Enqueue<T, c10::BFloat16>&, int, void*);
+FASTCL_INSTANTIATE(float)
+FASTCL_INSTANTIATE(c10::Half)
+FASTCL_INSTANTIATE(c10::BFloat16)
+
+}  // namespace fastcl

@@ -1,0 +1,86 @@
+// The CUDA ops: from the dispatcher to the launch without waiting for the device.
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+#include <mutex>
+#include <string>
+#include <tuple>
+
+#include "cuda/device.h"
+#include "cuda/enqueue_op.h"
+#include "cuda/one_launch_op.h"
+
+namespace fastcl {
+namespace {
+
+using CurrentStream = AOTITorchError (*)(int32_t, void**);
+
+// Lives in torch's CUDA library, which this one does not link, so that it loads where that one is absent.
+CurrentStream find_current_stream() {
+  void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  void* found = dlsym(torch_cuda ? torch_cuda : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream");
+  STD_TORCH_CHECK(found, "fastcl: this torch has no CUDA support");
+  return reinterpret_cast<CurrentStream>(found);
+}
+void* current_stream(int device) {
+  static const CurrentStream find = find_current_stream();
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(find(device, &stream));
+  return stream;
+}
+
+// Asked once per device.
+const DeviceLimits& limits_of(int device) {
+  static std::array<std::once_flag, 64> asked;
+  static std::array<DeviceLimits, 64> limits;
+  std::call_once(asked.at(device), [=] { limits[device] = device_limits(device); });
+  return limits[device];
+}
+
+const Device& usable_device(int index, const char* kernel) {
+  const DeviceLimits& limits = limits_of(index);
+  STD_TORCH_CHECK(!limits.missing, kernel, ": ", limits.missing);
+  return limits.device;
+}
+
+auto one_positive(Tensor query, Tensor positive, OptionalTensor negatives, Tensor scale,
+                  OptionalTensor query_ids, OptionalTensor negative_ids, int64_t layout, bool normalize,
+                  bool normalize_negatives, bool mean, int64_t needs) {
+  const int device = query.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float, "one_launch: scale must be float32");
+  const LossOutputs outputs(query, positive, negatives, scale, ScalarType::Float, needs);
+  run_one_launch({query, positive, negatives, query_ids, negative_ids, static_cast<Layout>(layout), normalize,
+                  normalize_negatives, mean},
+                 outputs, usable_device(device, "one_launch"),
+                 static_cast<const float*>(scale.const_data_ptr()), out_of<float>(outputs.scale),
+                 [=](const auto& args) { launch_one_positive(args, current_stream(device)); });
+  return outputs.all();
+}
+
+void enqueue(Tensor keys, OptionalTensor ids, Tensor pointer, Tensor new_keys, OptionalTensor new_ids) {
+  const int device = keys.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const int blocks = enqueue_blocks(new_keys.size(0), usable_device(device, "enqueue"));
+  run_enqueue(keys, ids, pointer, new_keys, new_ids,
+              [=](const auto& args) { launch_enqueue(args, blocks, current_stream(device)); });
+}
+
+// How many blocks the device runs at once, the shared memory of each, and why it cannot serve at all, or "".
+std::tuple<int64_t, int64_t, std::string> cuda_limits(int64_t device) {
+  const DeviceLimits& limits = limits_of(static_cast<int>(device));
+  return {limits.device.blocks, limits.device.shared_bytes, limits.missing ? limits.missing : ""};
+}
+
+}  // namespace
+}  // namespace fastcl
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastcl_native, m) { m.def("cuda_limits(int device) -> (int, int, str)"); }
+STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CompositeExplicitAutograd, m) {
+  m.impl("cuda_limits", TORCH_BOX(&fastcl::cuda_limits));
+}
+STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CUDA, m) { m.impl("enqueue", TORCH_BOX(&fastcl::enqueue)); }
+// the schema is in Python
+STABLE_TORCH_LIBRARY_IMPL(fastcl, CUDA, m) { m.impl("one_positive", TORCH_BOX(&fastcl::one_positive)); }

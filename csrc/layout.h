@@ -1,0 +1,8 @@
+// What the losses with one positive per row compare the rows with: the Python side's numbers.
+#pragma once
+
+namespace fastcl {
+
+enum class Layout : int { views, batch, pairs, negatives };
+
+}  // namespace fastcl

@@ -1,0 +1,70 @@
+// What ops need of torch's stable tensors.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <optional>
+
+namespace fastcl {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline const int64_t* ids_of(const OptionalTensor& ids) {
+  return ids ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr;
+}
+template <class T>
+T* out_of(const Tensor& x) {
+  return x.numel() ? static_cast<T*>(x.mutable_data_ptr()) : nullptr;
+}
+// With the last dimension contiguous; rows may be any distance apart.
+inline Tensor row_contiguous(const Tensor& x) {
+  return x.size(1) <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x);
+}
+
+// use(zero) with a zero of the tensor's type, one of those the CUDA kernels take.
+template <class Use>
+void with_type(const Tensor& x, const Use& use) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return use(0.0f);
+    case ScalarType::Half:
+      return use(c10::Half());
+    case ScalarType::BFloat16:
+      return use(c10::BFloat16());
+    default:
+      STD_TORCH_CHECK(false, "the CUDA kernels take float32, float16 and bfloat16");
+  }
+}
+
+// What the whole-loss op returns: the loss and, of the wanted inputs, the gradients for an incoming 1.
+struct LossOutputs {
+  Tensor loss, query, positive, negatives, scale;
+
+  LossOutputs(const Tensor& x, const Tensor& y, const OptionalTensor& z, const Tensor& factor,
+              ScalarType dtype, int64_t needs)
+      : loss(torch::stable::new_empty(x, {}, dtype)),
+        query(like(x, x, dtype, needs & 1)),
+        positive(like(y, x, dtype, needs & 2)),
+        negatives(like(z.value_or(x), x, dtype, z && needs & 4)),
+        scale(needs & 8 ? torch::stable::new_empty(factor, {}) : torch::stable::new_empty(factor, {0})) {}
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> all() const {
+    return {loss, query, positive, negatives, scale};
+  }
+  bool any_gradient() const {
+    return query.numel() || positive.numel() || negatives.numel() || scale.numel();
+  }
+
+ private:
+  static Tensor like(const Tensor& shape, const Tensor& x, ScalarType dtype, bool wanted) {
+    return wanted ? torch::stable::new_empty(x, shape.sizes(), dtype)
+                  : torch::stable::new_empty(x, {0}, dtype);
+  }
+};
+
+}  // namespace fastcl

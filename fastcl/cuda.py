@@ -1,0 +1,79 @@
+"""The CUDA backend: whole losses in one launch, by kernels of the native extension."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastcl import native
+from fastcl.one_positive import OnePositive
+
+if TYPE_CHECKING:
+    from fastcl.dispatch import Request
+
+NOTE = "has never run on a GPU: off in 'auto'"
+
+
+def is_built() -> bool:
+    """Whether the native extension holds CUDA kernels."""
+    return native.missing_reason() is None and hasattr(torch.ops.fastcl_native, "cuda_limits")
+
+
+def missing_reason() -> str | None:
+    """Why the CUDA kernels cannot be used here, or None."""
+    if native.missing_reason() is not None:
+        return native.missing_reason()
+    if not is_built():
+        return "the native extension was built without them (FASTCL_BUILD=cuda needs nvcc)"
+    return None if torch.cuda.is_available() else "no CUDA GPU is visible to torch"
+
+
+def unsupported_reasons(request: Request) -> list[str]:
+    """What keeps the kernels from serving ``request``."""
+    loss = request.loss
+    if not request.enqueue and (loss is None or loss.reduction == "none"):
+        return ["it serves losses with one positive per row only, reduced to their mean or sum"]
+    reasons = []
+    if request.device.type != "cuda":
+        reasons.append(f"inputs are on {request.device}, it takes CUDA tensors")
+    if request.dtype == torch.float64:
+        reasons.append("it takes float32, float16 and bfloat16, not float64")
+    if loss is not None and loss.negatives is not None and loss.negatives.dtype != request.dtype:
+        reasons.append(f"the negatives are {loss.negatives.dtype}, the queries {request.dtype}")
+    if not reasons:
+        reasons += _beyond_the_device(loss, request.device.index or 0)
+    return reasons
+
+
+def _beyond_the_device(loss: OnePositive | None, device: int) -> list[str]:
+    blocks, shared_bytes, missing = _limits(device)
+    if missing:
+        return [missing]
+    if loss is not None:
+        samples, negatives = loss.query.shape[0], 0 if loss.negatives is None else loss.negatives.shape[0]
+        if not fits(loss.layout, samples, negatives, blocks, shared_bytes):
+            return [f"the similarity matrix of {samples} samples does not fit on the GPU's chip"]
+    return []
+
+
+def enqueue(
+    keys: Tensor, ids: Tensor | None, pointer: Tensor, new_keys: Tensor, new_ids: Tensor | None
+) -> None:
+    """As :func:`fastcl.chunked.enqueue`, in one launch."""
+    torch.ops.fastcl_native.enqueue(keys, ids, pointer, new_keys, new_ids)
+
+
+def fits(layout: int, samples: int, negatives: int, blocks: int, shared_bytes: int) -> bool:
+    """Whether ``blocks`` of ``shared_bytes`` each hold the similarity matrix of such a loss."""
+    fit: bool = torch.ops.fastcl_native.one_launch_fits(layout, samples, negatives, blocks, shared_bytes)
+    return fit
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@cache
+def _limits(device: int) -> tuple[int, int, str]:
+    limits: tuple[int, int, str] = torch.ops.fastcl_native.cuda_limits(device)
+    return limits

@@ -24,6 +24,7 @@ from fastcl.problem import (
     PairGradients,
     Prepared,
     Problem,
+    TopK,
     input_gradients,
     prepare,
     wanted_pairs,
@@ -50,24 +51,24 @@ def stats_forward(problem: Problem, weighted_keys: bool) -> tuple[Tensor, Tensor
     new = prepared.query.new_empty
     rows, row_state = new(5, n), new(4, n)
     m_columns = m if problem.columns else 0
-    columns, column_state = new(5, m_columns), _empty_state(prepared.query, m_columns)
+    columns, column_state = new(5, m_columns), empty_state(prepared.query, m_columns)
     column_sums = torch.zeros_like(columns[:2])
     weighted = new(problem.query.shape if weighted_keys else (0,))
     for chunk in row_chunks(n, m):
         logits2 = _logits2(problem, prepared, chunk)
         negative, positive = pair_masks(problem, chunk)
         row_state[:, chunk] = _tile_state(logits2, negative, positive)
-        rows[:, chunk] = _statistics(row_state[:, chunk], _positive_sums(logits2, positive))
+        rows[:, chunk] = statistics(row_state[:, chunk], _positive_sums(logits2, positive))
         if weighted_keys:
             weighted[chunk] = _weights(logits2, negative, row_state[:2, chunk]) @ _scaled_keys(
                 problem, prepared
             )
         if problem.columns:
             tile = _tile_state(logits2.T, negative.T, positive.T)
-            column_state = torch.cat([_merge(column_state[:2], tile[:2]), _merge(column_state[2:], tile[2:])])
+            column_state = merge_states(column_state, tile)
             column_sums += _positive_sums(logits2.T, positive.T)
     if problem.columns:
-        columns = _statistics(column_state, column_sums)
+        columns = statistics(column_state, column_sums)
     return rows, row_state, columns, column_state, weighted
 
 
@@ -104,26 +105,40 @@ def stats_backward(
     return input_gradients(problem, prepared, PairGradients(query_sum, key_sum, bias_sum), needs)
 
 
-def topk(
-    query: Tensor,
-    key: Tensor,
-    k: int,
-    exclude_query: Tensor | None,
-    exclude_key: Tensor | None,
-    normalize: bool,
-) -> tuple[Tensor, Tensor]:
+def empty_state(like: Tensor, count: int) -> Tensor:
+    """The state (4, count) of rows that have seen no key."""
+    return like.new_tensor([-torch.inf, 0.0, -torch.inf, 0.0])[:, None].repeat(1, count)
+
+
+def merge_states(a: Tensor, b: Tensor) -> Tensor:
+    """The state (4, N) over two disjoint sets of keys."""
+    merged = []
+    for (a_max, a_sum), (b_max, b_sum) in ((a[:2], b[:2]), (a[2:], b[2:])):
+        maximum = torch.maximum(a_max, b_max)
+        shift = _finite(maximum)
+        merged += [maximum, a_sum * torch.exp2(a_max - shift) + b_sum * torch.exp2(b_max - shift)]
+    return torch.stack(merged)
+
+
+def statistics(state: Tensor, positive_sums: Tensor) -> Tensor:
+    """Statistics (5, N) from a state (4, N) and the positives' sum and count (2, N)."""
+    lse_neg, lse_pos = (state[0::2] + state[1::2].log2()) * LN2
+    return torch.stack([lse_neg, lse_pos, *positive_sums, state[0] * LN2])
+
+
+def topk(args: TopK) -> tuple[Tensor, Tensor]:
     """Streaming top-k: the best k so far are merged with each tile of keys by a stable sort."""
-    query = unit_rows(query, normalize)
+    query, key, k = unit_rows(args.query, args.normalize), args.key, args.k
     values = query.new_full((query.shape[0], k), -torch.inf)
     indices = torch.full(values.shape, -1, dtype=torch.int64, device=query.device)
     width = max(1024, 2 * k)
     for keys in (slice(s, s + width) for s in range(0, key.shape[0], width)):
-        tile_keys = unit_rows(key[keys], normalize)
+        tile_keys = unit_rows(key[keys], args.normalize)
         tile_indices = torch.arange(key.shape[0], device=query.device)[keys]
         for rows in row_chunks(query.shape[0], width):
             similarity = query[rows] @ tile_keys.T
-            if exclude_query is not None and exclude_key is not None:
-                excluded = exclude_query[rows, None] == exclude_key[None, keys]
+            if args.exclude_query is not None and args.exclude_key is not None:
+                excluded = args.exclude_query[rows, None] == args.exclude_key[None, keys]
                 similarity = similarity.masked_fill(excluded, -torch.inf)
             candidates = torch.cat([values[rows], similarity], dim=1)
             positions = torch.cat([indices[rows], tile_indices.expand_as(similarity)], dim=1)
@@ -133,13 +148,27 @@ def topk(
     return values, indices.masked_fill(values == -torch.inf, -1)
 
 
+def enqueue(
+    keys: Tensor, ids: Tensor | None, pointer: Tensor, new_keys: Tensor, new_ids: Tensor | None
+) -> None:
+    """Normalize ``new_keys`` (N, D) and write them to ``keys`` (size, D) from ``pointer`` on, in place."""
+    size, count = keys.shape[0], new_keys.shape[0]
+    skipped = max(0, count - size)  # would be overwritten at once
+    unit = unit_rows(new_keys[skipped:]).to(keys.dtype)
+    rows = (torch.arange(skipped, count, device=keys.device) + pointer) % size
+    keys.index_copy_(0, rows, unit)
+    if ids is not None and new_ids is not None:
+        ids.index_copy_(0, rows, new_ids[skipped:])
+    pointer.add_(count).remainder_(size)
+
+
 def mochi(args: Mochi) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses (N,) and, for an incoming 1 per row, gradients of query, positive (N, D) and scale (N,)."""
     dtype = compute_dtype(args.query.dtype)
     query, positive = args.query.to(dtype), args.positive.to(dtype)
     query_inverse, positive_inverse = inverse_norms(query), inverse_norms(positive)
     query, positive, scale = query * query_inverse, positive * positive_inverse, args.scale.to(dtype)
-    similarity, order = topk(query, args.keys.to(dtype), args.n_hard, None, None, False)
+    similarity, order = topk(TopK(query, args.keys.to(dtype), args.n_hard, None, None, False))
     plain = OnePositive(query, positive, args.keys, args.scale, None, None, NEGATIVES, False, False, "none")
     rows, _, _, _, pull = stats_forward(plain.problem(), weighted_keys=True)
     lse = torch.empty_like(rows[0])
@@ -217,17 +246,13 @@ def _scaled_keys(problem: Problem, prepared: Prepared) -> Tensor:
     return prepared.key * problem.key_scale.to(prepared.key.dtype)[:, None]
 
 
-def _empty_state(like: Tensor, count: int) -> Tensor:
-    return like.new_tensor([-torch.inf, 0.0, -torch.inf, 0.0])[:, None].repeat(1, count)
-
-
 def _finite(maximum: Tensor) -> Tensor:
     return maximum.masked_fill(maximum == -torch.inf, 0.0)
 
 
 def _max_sum(logits2: Tensor, mask: Tensor) -> Tensor:
     if logits2.shape[1] == 0:
-        return _empty_state(logits2, logits2.shape[0])[:2]
+        return empty_state(logits2, logits2.shape[0])[:2]
     masked = logits2.masked_fill(~mask, -torch.inf)
     maximum = masked.amax(dim=1)
     return torch.stack([maximum, torch.exp2(masked - _finite(maximum)[:, None]).sum(dim=1)])
@@ -237,20 +262,9 @@ def _tile_state(logits2: Tensor, negative: Tensor, positive: Tensor) -> Tensor:
     return torch.cat([_max_sum(logits2, negative), _max_sum(logits2, positive)])
 
 
-def _merge(a: Tensor, b: Tensor) -> Tensor:
-    maximum = torch.maximum(a[0], b[0])
-    shift = _finite(maximum)
-    return torch.stack([maximum, a[1] * torch.exp2(a[0] - shift) + b[1] * torch.exp2(b[0] - shift)])
-
-
 def _positive_sums(logits2: Tensor, positive: Tensor) -> Tensor:
     total = logits2.masked_fill(~positive, 0.0).sum(dim=1) * LN2
     return torch.stack([total, positive.sum(dim=1).to(logits2.dtype)])
-
-
-def _statistics(state: Tensor, positive_sums: Tensor) -> Tensor:
-    lse_neg, lse_pos = (state[0::2] + state[1::2].log2()) * LN2
-    return torch.stack([lse_neg, lse_pos, *positive_sums, state[0] * LN2])
 
 
 def _weights(logits2: Tensor, mask: Tensor, state: Tensor) -> Tensor:

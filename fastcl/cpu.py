@@ -12,6 +12,7 @@ from fastcl.problem import (
     PairGradients,
     Prepared,
     Problem,
+    TopK,
     input_gradients,
     prepare,
     wanted_pairs,
@@ -55,19 +56,12 @@ def stats_backward(
     return input_gradients(problem, prepared, pairs, needs)
 
 
-def topk(
-    query: Tensor,
-    key: Tensor,
-    k: int,
-    exclude_query: Tensor | None,
-    exclude_key: Tensor | None,
-    normalize: bool,
-) -> tuple[Tensor, Tensor]:
+def topk(args: TopK) -> tuple[Tensor, Tensor]:
     """As :func:`fastcl.chunked.topk`."""
-    query, key = _row_contiguous(unit_rows(query, normalize)), _row_contiguous(unit_rows(key, normalize))
-    values = query.new_empty(query.shape[0], k)
+    query, key = (_row_contiguous(unit_rows(x, args.normalize)) for x in (args.query, args.key))
+    values = query.new_empty(query.shape[0], args.k)
     indices = torch.empty(values.shape, dtype=torch.int64)
-    exclude = (None if ids is None else ids.contiguous() for ids in (exclude_query, exclude_key))
+    exclude = (None if ids is None else ids.contiguous() for ids in (args.exclude_query, args.exclude_key))
     _native.topk(query, key, *exclude, values, indices)
     return values, indices
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import platform
 import warnings
 from collections.abc import Callable
@@ -11,8 +13,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from fastcl import native
+from fastcl import cuda, native
 from fastcl.checks import check_choice
+from fastcl.one_positive import OnePositive
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,16 @@ class Request:
     device: torch.device
     dtype: torch.dtype
     dense_mask: bool = False
+    loss: OnePositive | None = None  # where a loss with one positive per row is asked for
+    enqueue: bool = False  # where a queue's step is
+
+    @classmethod
+    def of_loss(cls, args: OnePositive) -> Request:
+        return cls(args.query.device, args.query.dtype, loss=args)
+
+    @classmethod
+    def of_enqueue(cls, x: Tensor) -> Request:
+        return cls(x.device, x.dtype, enqueue=True)
 
     @classmethod
     def of(cls, x: Tensor, dense_mask: bool = False) -> Request:
@@ -30,18 +43,50 @@ class Request:
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend's name, why it is missing here (None if it is not), and what it cannot do."""
+    """A backend's name, why it is missing here (None if it is not), and what it cannot do.
+
+    ``whole_loss``: whether it computes a loss with one positive per row, and its gradients, in one op.
+    ``note``: what a reader of :func:`show_config` should know of it.
+    ``auto``: whether 'auto' may choose it.
+    """
 
     name: str
     missing: Callable[[], str | None]
     unsupported_reasons: Callable[[Request], list[str]]
     whole_loss: bool = False
+    note: str = ""
+    auto: bool = True
 
 
 def _cpu_reasons(request: Request) -> list[str]:
     reasons = []
     if request.device.type != "cpu":
         reasons.append(f"inputs are on {request.device}, it takes CPU tensors")
+    if request.dense_mask:
+        reasons.append("a dense mask is served by 'chunked' only")
+    return reasons
+
+
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package 'triton' is not installed"
+    if torch.cuda.is_available() or triton_is_interpreted():
+        return None
+    return "no GPU is visible to torch (on the CPU the kernels run under TRITON_INTERPRET=1 only)"
+
+
+def triton_is_interpreted() -> bool:
+    """Whether Triton's kernels run on CPU tensors, slowly, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_reasons(request: Request) -> list[str]:
+    reasons = []
+    wanted = "cpu" if triton_is_interpreted() else "cuda"
+    if request.device.type != wanted:
+        reasons.append(f"inputs are on {request.device}, it takes {wanted} tensors")
+    if request.dtype == torch.float64:
+        reasons.append("float64 is served by 'chunked' on a GPU")
     if request.dense_mask:
         reasons.append("a dense mask is served by 'chunked' only")
     return reasons
@@ -55,16 +100,25 @@ def _nothing_missing() -> str | None:
     return None
 
 
-def _not_built() -> str | None:
-    return "this version of fastcl has no such kernels yet"
-
-
 # in the order 'auto' tries them; 'reference' is last and so never chosen
 _BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("cuda", _not_built, _anything),
-        Backend("triton", _not_built, _anything),
+        Backend(
+            "cuda",
+            cuda.missing_reason,
+            cuda.unsupported_reasons,
+            whole_loss=True,
+            note=cuda.NOTE,
+            auto=False,
+        ),
+        Backend(
+            "triton",
+            _triton_missing,
+            _triton_reasons,
+            whole_loss=True,
+            note="float64 and dense masks go to 'chunked'; its speed is not measured yet",
+        ),
         Backend("cpu", native.missing_reason, _cpu_reasons, whole_loss=True),
         Backend("chunked", _nothing_missing, _anything),
         Backend("reference", _nothing_missing, _anything),
@@ -122,7 +176,8 @@ def choose(request: Request, name: str = "auto") -> Backend:
         name = _selected
     if name == "auto":
         for backend in _BACKENDS.values():
-            if backend.missing() is None and not backend.unsupported_reasons(request):
+            # missing() last: to look for a package that is not there costs more than a small loss
+            if backend.auto and not backend.unsupported_reasons(request) and backend.missing() is None:
                 break
         if backend.name == "chunked" and request.device.type == "cpu":
             _warn_if_native_missing()
@@ -159,7 +214,8 @@ def describe() -> str:
     ]
     for backend in _BACKENDS.values():
         reason = backend.missing()
-        lines.append(f"  {backend.name:10} {'available' if reason is None else 'not available: ' + reason}")
+        status = "available" if reason is None else f"not available: {reason}"
+        lines.append(f"  {backend.name:10} {status}{backend.note and f' ({backend.note})'}")
     lines.extend(f"  {line}" for line in native.describe())
     return "\n".join(lines)
 

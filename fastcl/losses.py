@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from fastcl import dispatch, ops
+from fastcl import dispatch, distributed, ops
 from fastcl.checks import (
     check_choice,
     check_matrix,
@@ -33,6 +34,8 @@ def info_nce(
     negative_mode: str = "unpaired",
     *,
     query_ids: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    ring: bool = False,
 ) -> Tensor:
     """InfoNCE: cross-entropy of picking each query's positive key among its negatives.
 
@@ -49,17 +52,37 @@ def info_nce(
         reduction: 'mean', 'sum' or 'none'.
         negative_mode: 'unpaired' or 'paired'.
         query_ids: (N,) integers; the queue's keys with the same id are excluded.
+        group: a ``torch.distributed`` process group. The loss is that of the whole batch, all ranks' rows in
+            rank order; each rank passes its own, and may pass any number. Without ``negative_keys`` all
+            ranks' positives are negatives; so are all ranks' unpaired ``negative_keys``. Paired ones and a
+            queue (the same on every rank) serve their rank's queries only. All ranks make the same
+            calls, with gradients for the same inputs; second derivatives raise.
+        ring: with ``group``, pass keys from rank to rank instead of gathering them: never more than two
+            ranks' keys in memory, the same result.
 
     Returns:
-        The loss, () or (N,) with 'none'; float64 for float64 inputs, else float32.
+        The loss, () or (N,) with 'none'; float64 for float64 inputs, else float32. With ``group``, 'mean'
+        and 'sum' return the whole batch's loss on every rank and 'none' this rank's rows. Gradients are
+        those of the sum over ranks of what each returned: averaged over ranks, as DistributedDataParallel
+        does, those of 'mean' and 'sum' are one process's on the whole batch.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown mode or reduction, a bad temperature.
-        TypeError: dtypes that are not floating, or differ.
+        ValueError: shapes that do not fit, an unknown mode or reduction, a bad temperature; ``ring``
+            without ``group``; rows not equally wide on all ranks.
+        TypeError: dtypes that are not floating, or differ; a ``group`` that is none, or not of this rank.
+        RuntimeError: ``ring`` under the backend 'reference'.
     """
     check_choice("negative_mode", negative_mode, ("unpaired", "paired"))
     check_reduction(reduction)
+    distributed.check_group(group, ring)
     check_pair("query", query, "positive_key", positive_key)
+    paired = negative_keys is not None and negative_mode == "paired"
+    if group is not None and (paired or isinstance(negative_keys, NegativeQueue)):
+        own = "none" if reduction == "none" else "sum"
+        losses = info_nce(
+            query, positive_key, negative_keys, temperature, own, negative_mode, query_ids=query_ids
+        )
+        return distributed.group_reduce(losses, query.shape[0], reduction, group)
     scale = inverse_scalar("temperature", temperature, query)
     if isinstance(negative_keys, NegativeQueue):
         return _queue_info_nce(query, positive_key, negative_keys, scale, reduction, query_ids)
@@ -67,20 +90,31 @@ def info_nce(
         raise ValueError("query_ids excludes negatives by id, but negative_keys carries no ids")
     if negative_keys is None:
         return _one_positive(
-            OnePositive(query, positive_key, None, scale, None, None, BATCH, True, True, reduction)
+            OnePositive(query, positive_key, None, scale, None, None, BATCH, True, True, reduction),
+            group,
+            ring,
         )
-    paired = negative_mode == "paired"
     check_matrix("negative_keys", negative_keys, 3 if paired else 2)
     check_same("negative_keys", negative_keys, "query", query)
     if paired:
         check_same_count("negative_keys", negative_keys, "query", query)
         return _paired_info_nce(query, positive_key, negative_keys, scale, reduction)
     return _one_positive(
-        OnePositive(query, positive_key, negative_keys, scale, None, None, NEGATIVES, True, True, reduction)
+        OnePositive(query, positive_key, negative_keys, scale, None, None, NEGATIVES, True, True, reduction),
+        group,
+        ring,
     )
 
 
-def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, *, reduction: str = "mean") -> Tensor:
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor = 0.5,
+    *,
+    reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+    ring: bool = False,
+) -> Tensor:
     """NT-Xent, SimCLR's loss: each of the 2N views must find its other view among all others.
 
     Chen et al. 2020, https://arxiv.org/abs/2002.05709.
@@ -90,6 +124,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, *, reduct
         z2: (N, D) embeddings of the second views, same dtype.
         temperature: a finite non-zero number, or a 0-d tensor, which then receives its gradient.
         reduction: 'mean', 'sum' or 'none'.
+        group: the loss is that of all ranks' rows, each rank passing its own, as in :func:`info_nce`.
+        ring: with ``group``, pass keys from rank to rank instead of gathering them.
 
     Returns:
         The loss, () or (2N,) with 'none' (first all of z1, then all of z2).
@@ -98,9 +134,11 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, *, reduct
         ValueError, TypeError: as :func:`info_nce`.
     """
     check_reduction(reduction)
+    distributed.check_group(group, ring)
     check_pair("z1", z1, "z2", z2)
     scale = inverse_scalar("temperature", temperature, z1)
-    return _one_positive(OnePositive(z1, z2, None, scale, None, None, VIEWS, True, True, reduction))
+    args = OnePositive(z1, z2, None, scale, None, None, VIEWS, True, True, reduction)
+    return _one_positive(args, group, ring)
 
 
 def clip_loss(
@@ -110,6 +148,8 @@ def clip_loss(
     *,
     normalize: bool = True,
     reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+    ring: bool = False,
 ) -> Tensor:
     """CLIP's symmetric loss: images find their texts, texts their images, averaged.
 
@@ -122,6 +162,8 @@ def clip_loss(
             which then receives its gradient.
         normalize: divide rows by their L2 norm first; False if they are unit rows already.
         reduction: 'mean', 'sum' or 'none'.
+        group: the loss is that of all ranks' rows, each rank passing its own, as in :func:`info_nce`.
+        ring: with ``group``, pass keys from rank to rank instead of gathering them.
 
     Returns:
         The loss, () or (N,) with 'none': the mean of both directions.
@@ -130,12 +172,15 @@ def clip_loss(
         ValueError, TypeError: as :func:`info_nce`.
     """
     check_reduction(reduction)
+    distributed.check_group(group, ring)
     check_pair("image_features", image_features, "text_features", text_features)
     scale = scalar("logit_scale", logit_scale, image_features)
     return _one_positive(
         OnePositive(
             image_features, text_features, None, scale, None, None, PAIRS, normalize, normalize, reduction
-        )
+        ),
+        group,
+        ring,
     )
 
 
@@ -150,6 +195,8 @@ def sup_con(
     variant: str = "out",
     normalize: bool = True,
     reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+    ring: bool = False,
 ) -> Tensor:
     """Supervised contrastive loss: all samples of an anchor's class are its positives.
 
@@ -165,27 +212,36 @@ def sup_con(
         variant: 'out': mean of log-probabilities; 'in': log of their mean probability.
         normalize: divide rows by their L2 norm first.
         reduction: 'mean', 'sum' or 'none'. An anchor without positives contributes 0 and is counted.
+        group: the loss is that of all ranks' rows, each rank passing its own, with or without
+            labels, as in :func:`info_nce`; not with ``mask``.
+        ring: with ``group``, pass keys from rank to rank instead of gathering them.
 
     Returns:
         The loss, () or (anchors,) with 'none', view-major.
 
     Raises:
-        ValueError: both labels and mask; shapes that do not fit; unknown modes; a bad temperature;
-            on the CPU, a mask with values other than 0 and 1.
+        ValueError: both labels and mask, or mask and group; shapes that do not fit; unknown modes; a bad
+            temperature; on the CPU, a mask with values other than 0 and 1; and as :func:`info_nce`.
         TypeError: features that are not floating; labels that are not integers.
         RuntimeError: a mask under a backend other than 'chunked' and 'reference'.
     """
     check_choice("contrast_mode", contrast_mode, ("all", "one"))
     check_choice("variant", variant, ("out", "in"))
     check_reduction(reduction)
+    distributed.check_group(group, ring)
     check_matrix("features", features, (2, 3))
     if labels is not None and mask is not None:
         raise ValueError("labels and mask cannot both be given")
+    if mask is not None and group is not None:
+        raise ValueError("mask says nothing about other ranks' samples: with group, give labels or neither")
     if base_temperature is not None and not base_temperature > 0:
         raise ValueError(f"base_temperature must be positive, got {base_temperature}")
     scale = inverse_scalar("temperature", temperature, features)
     problem = _sup_con_problem(features, labels, mask, scale, contrast_mode, normalize)
-    stats = problem_stats(problem)
+    if group is None:
+        stats = problem_stats(problem)
+    else:
+        stats = distributed.group_stats(problem, group, ring, labelled=labels is not None)
     has_positives = stats.pos_count > 0
     count = stats.pos_count.clamp_min(1)
     lse = logaddexp(stats.lse_neg, stats.lse_pos)
@@ -196,6 +252,8 @@ def sup_con(
     losses = torch.where(has_positives, losses, 0.0)
     if base_temperature is not None:
         losses = losses * (scale * base_temperature).reciprocal().to(losses.dtype)
+    if group is not None:
+        return distributed.group_reduce(losses, losses.shape[0], reduction, group)
     return reduce(losses, reduction)
 
 
@@ -260,10 +318,12 @@ def _positive_table(mask: Tensor, samples: int, features: Tensor) -> Tensor:
     return table
 
 
-def _one_positive(args: OnePositive) -> Tensor:
-    backend = dispatch.choose(dispatch.Request.of(args.query))
-    if backend.whole_loss and args.reduction != "none":
-        return ops.one_positive(args)
+def _one_positive(args: OnePositive, group: dist.ProcessGroup | None = None, ring: bool = False) -> Tensor:
+    if group is not None:
+        return distributed.one_positive(args, group, ring)
+    backend = dispatch.choose(dispatch.Request.of_loss(args))
+    if args.reduction != "none" and backend.whole_loss:
+        return ops.one_positive(args, backend.name)
     args = args.in_compute_dtype()
     stats = problem_stats(args.problem(), args.layout == PAIRS, backend.name)
     return args.loss(stats.lse_neg, None if stats.columns is None else stats.columns.lse_neg)

@@ -19,6 +19,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def float32_matmul_precision() -> str:
+    """'highest', 'high' or 'medium', whichever of torch's two settings was used."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer one was, and the older refuses from then on
+        return {"tf32": "high", "bf16": "medium"}.get(torch.backends.cuda.matmul.fp32_precision, "highest")
+
+
 def softplus(x: Tensor) -> Tensor:
     """``log(1 + exp(x))`` without a cut-off, right in all derivatives; 0 with zero gradient at -inf."""
     positive = x > 0

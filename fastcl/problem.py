@@ -33,6 +33,17 @@ class Problem(NamedTuple):
     symmetric: bool
 
 
+class TopK(NamedTuple):
+    """Arguments of one top-k call, in the order of the op's schema."""
+
+    query: Tensor  # (N, D)
+    key: Tensor  # (M, D)
+    k: int
+    exclude_query: Tensor | None  # (N,) int64
+    exclude_key: Tensor | None  # (M,) int64
+    normalize: bool
+
+
 class Mochi(NamedTuple):
     """Arguments of one MoCHi loss, in the order of the op's schema."""
 

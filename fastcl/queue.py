@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastcl import ops
+from fastcl import dispatch, ops
 from fastcl.checks import check_matrix
+from fastcl.distributed import gather_rows, row_counts
 from fastcl.rules import check_ids
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -103,8 +104,11 @@ class NegativeQueue(nn.Module):
                 raise ValueError("ids are missing: this queue was made with with_ids=True")
             ids = check_ids("ids", ids, keys)
         if group is not None:
-            keys, ids = _gather(keys, ids, group)
-        ops.enqueue(self.keys, self.ids, self.pointer, keys, ids)
+            counts = row_counts(keys, group)
+            keys = gather_rows(keys, counts, group)
+            ids = None if ids is None else gather_rows(ids, counts, group)
+        backend = dispatch.choose(dispatch.Request.of_enqueue(keys))
+        ops.enqueue(self.keys, self.ids, self.pointer, keys, ids, backend.name)
 
     def validate(self) -> None:
         """Check the stored keys; this waits for the device.
@@ -144,20 +148,3 @@ class NegativeQueue(nn.Module):
     def extra_repr(self) -> str:
         """Shown in the module's repr."""
         return f"size={self.size}, dim={self.dim}, dtype={self.keys.dtype}, with_ids={self.ids is not None}"
-
-
-def _gather(keys: Tensor, ids: Tensor | None, group: dist.ProcessGroup) -> tuple[Tensor, Tensor | None]:
-    """Keys and ids of all ranks, in rank order; padded on the way, since ranks may differ in number."""
-    count = torch.tensor([keys.shape[0]], device=keys.device)
-    counts = [torch.empty_like(count) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(counts, count, group=group)
-    numbers = [int(c) for c in counts]
-
-    def gather(rows: Tensor) -> Tensor:
-        padded = rows.new_zeros(max(numbers), *rows.shape[1:])
-        padded[: rows.shape[0]] = rows
-        parts = [torch.empty_like(padded) for _ in numbers]
-        dist.all_gather(parts, padded, group=group)
-        return torch.cat([part[:n] for part, n in zip(parts, numbers, strict=True)])
-
-    return gather(keys), None if ids is None else gather(ids)

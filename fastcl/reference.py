@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastcl.numerics import masked_logsumexp, row_dot, softplus, unit_rows
-from fastcl.problem import Mochi, Problem
+from fastcl.problem import Mochi, Problem, TopK
 
 
 def pair_masks(problem: Problem, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
@@ -63,21 +63,15 @@ def _pack(pair_logits: Tensor, negative: Tensor, positive: Tensor) -> Tensor:
     )
 
 
-def topk(
-    query: Tensor,
-    key: Tensor,
-    k: int,
-    exclude_query: Tensor | None,
-    exclude_key: Tensor | None,
-    normalize: bool,
-) -> tuple[Tensor, Tensor]:
+def topk(args: TopK) -> tuple[Tensor, Tensor]:
     """The k most similar keys of each query, ties to the lower index, padded with -inf and -1."""
-    similarity = unit_rows(query, normalize) @ unit_rows(key, normalize).T
-    if exclude_query is not None and exclude_key is not None:
-        similarity = similarity.masked_fill(exclude_query[:, None] == exclude_key[None, :], -torch.inf)
-    similarity = torch.nn.functional.pad(similarity, (0, k), value=-torch.inf)
+    similarity = unit_rows(args.query, args.normalize) @ unit_rows(args.key, args.normalize).T
+    if args.exclude_query is not None and args.exclude_key is not None:
+        excluded = args.exclude_query[:, None] == args.exclude_key[None, :]
+        similarity = similarity.masked_fill(excluded, -torch.inf)
+    similarity = torch.nn.functional.pad(similarity, (0, args.k), value=-torch.inf)
     values, indices = similarity.sort(dim=1, descending=True, stable=True)
-    values, indices = values[:, :k].contiguous(), indices[:, :k].contiguous()
+    values, indices = values[:, : args.k].contiguous(), indices[:, : args.k].contiguous()
     return values, indices.masked_fill(values == -torch.inf, -1)
 
 
@@ -86,7 +80,7 @@ def mochi(args: Mochi) -> Tensor:
     with torch.autocast(args.query.device.type, enabled=False):
         query, positive = unit_rows(args.query), unit_rows(args.positive)
         keys, scale = args.keys.to(query.dtype), args.scale.to(query.dtype)
-        _, order = topk(query.detach(), keys, args.n_hard, None, None, False)
+        _, order = topk(TopK(query.detach(), keys, args.n_hard, None, None, False))
         hard = keys[order]  # [N, n_hard, D]
 
         def ranked(ranks: Tensor) -> Tensor:

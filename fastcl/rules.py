@@ -58,7 +58,7 @@ class PairRule:
 
 
 def check_ids(name: str, ids: Tensor, rows: Tensor | None = None) -> Tensor:
-    """``ids`` as int64 after checking its dtype and, against ``rows`` (N, D), length and device."""
+    """``ids`` as contiguous int64; checks dtype and, against ``rows`` (N, D), length and device."""
     if not isinstance(ids, Tensor) or ids.dtype not in _INTEGER_DTYPES:
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"{name} must be an integer tensor, got {got}")
@@ -72,4 +72,4 @@ def check_ids(name: str, ids: Tensor, rows: Tensor | None = None) -> Tensor:
             )
         if ids.device != rows.device:
             raise ValueError(f"{name} must be on {rows.device} like its rows, got {ids.device}")
-    return ids.to(torch.int64)
+    return ids.to(torch.int64).contiguous()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastcl import dispatch, ops
 from fastcl.checks import check_matrix, check_same, check_vector, scalar
-from fastcl.problem import Problem
+from fastcl.problem import Problem, TopK
 from fastcl.rules import PairRule
 from fastcl.stats import SimilarityStats, from_packed
 
@@ -138,7 +138,8 @@ def similarity_topk(
     _check_rule(rule, query, key)
     exclude_query, exclude_key = rule.exclude or (None, None)
     chosen = dispatch.choose(dispatch.Request.of(query), backend)
-    return ops.topk(query.detach(), key.detach(), k, exclude_query, exclude_key, normalize, chosen.name)
+    args = TopK(query.detach(), key.detach(), k, exclude_query, exclude_key, normalize)
+    return ops.topk(args, chosen.name)
 
 
 def _check_rule(rule: PairRule, query: Tensor, key: Tensor) -> None:

@@ -6,6 +6,7 @@ same dtype, plus a floor of a few units in the last place.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -14,12 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcl import native
+from fastcl import dispatch, native
 from fastcl.numerics import compute_dtype
 from fastcl.rules import PairRule
 from fastcl.stats import SimilarityStats
 
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# FASTCL_TEST_DEVICE=cuda tests the GPU's backends, TRITON_INTERPRET=1 Triton's kernels on the CPU
+DEVICE = torch.device(os.environ.get("FASTCL_TEST_DEVICE", "cpu"))
+INTERPRETED = dispatch.triton_is_interpreted()
+# Triton leaves float64 to other backends
+IN_FLOAT64 = DEVICE.type == "cpu" and not INTERPRETED
+WIDEST = torch.float64 if IN_FLOAT64 else torch.float32
+DTYPES = (*{WIDEST: None, torch.float32: None}, torch.float16, torch.bfloat16)
 
 # queries, keys, components
 SHAPES = (
@@ -29,7 +36,7 @@ SHAPES = (
     (64, 65, 63),
     (65, 63, 64),
     (64, 64, 64),
-    (252, 507, 123),
+    (140, 200, 123) if INTERPRETED else (252, 507, 123),
 )
 
 # random: independent rows         peaked: every row has near copies on the other side
@@ -41,13 +48,17 @@ BUDGET_ULPS = 4.0
 
 
 def backends() -> tuple[str, ...]:
-    """The backends that serve CPU tensors here."""
+    """The backends under test."""
+    if INTERPRETED:
+        return ("triton",)
+    if DEVICE.type == "cuda":
+        return ("reference", "chunked", "triton")
     built = native.missing_reason() is None
     return ("reference", "chunked", "cpu") if built else ("reference", "chunked")
 
 
 class Case(NamedTuple):
-    """Float64 inputs of one call, on the CPU, with ids for both sides."""
+    """Inputs of one call in the widest dtype under test, with ids for both sides."""
 
     query: Tensor  # (N, D)
     positive: Tensor  # (N, D)
@@ -60,16 +71,21 @@ class Case(NamedTuple):
         return PairRule(positive=self.labels, exclude=self.ids)
 
 
+def generator(seed: int) -> torch.Generator:
+    """Random numbers on the device under test."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def make_case(kind: str, shape: tuple[int, int, int], seed: int = 0) -> Case:
     """One of :data:`KINDS` with N queries, M keys and D components; ``shape`` is (N, M, D)."""
     n, m, d = shape
-    generator = torch.Generator().manual_seed(seed)
+    source = generator(seed)
 
     def normal(rows: int) -> Tensor:
-        return torch.randn(rows, d, generator=generator, dtype=torch.float64)
+        return torch.randn(rows, d, generator=source, dtype=torch.float64)
 
     def draw(values: Tensor, count: int) -> Tensor:
-        return values[torch.randint(len(values), (count,), generator=generator)]
+        return values[torch.randint(len(values), (count,), generator=source)]
 
     query, positive, key = normal(n), normal(n), normal(m)
     if kind == "peaked":
@@ -86,7 +102,7 @@ def make_case(kind: str, shape: tuple[int, int, int], seed: int = 0) -> Case:
     elif kind == "duplicate-ids":
         values = torch.tensor([-1, 3, 3 + (1 << 32), -(1 << 62)])
         labels, ids = (draw(values, n), draw(values, m)), (draw(values, n), draw(values, m))
-    return Case(query, positive, key, labels, ids)
+    return Case(query.to(WIDEST), positive.to(WIDEST), key.to(WIDEST), labels, ids)
 
 
 def dense_info_nce(

@@ -70,7 +70,7 @@ def test_zero_rows_stay_zero_and_get_no_gradient(loss, dtype, backend):
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_tiny_and_huge_rows(dtype, backend):
     """Norms are taken in float32: a float16 row may be as long or as short as float16 holds."""
-    z = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(5, 4, generator=testing.generator(0))
     for factor in (1e-3, 1e3):
         long = (z * factor).to(dtype)
         value, (grad, _) = run(LOSSES["nt_xent"], [long, long.flip(0)])
@@ -82,7 +82,7 @@ def test_tiny_and_huge_rows(dtype, backend):
 
 @pytest.mark.parametrize("variant", ["out", "in"])
 def test_sup_con_rows_without_positives_contribute_zero_and_are_counted(variant, backend):
-    features = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    features = torch.randn(4, 3, dtype=testing.WIDEST, requires_grad=True)
     labels = torch.tensor([0, 0, 1, 2])
     each = fastcl.sup_con(features, labels, variant=variant, reduction="none")
     assert each[2:].tolist() == [0.0, 0.0]
@@ -98,7 +98,7 @@ def test_sup_con_rows_without_positives_contribute_zero_and_are_counted(variant,
 @pytest.mark.parametrize("variant", ["out", "in"])
 def test_sup_con_with_one_class_only(variant, backend):
     """No negatives at all: 'in' is the log of a mean of probabilities that sum to one."""
-    features = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    features = torch.randn(5, 3, dtype=testing.WIDEST, requires_grad=True)
     loss = fastcl.sup_con(features, torch.zeros(5, dtype=torch.int64), variant=variant, reduction="none")
     loss.sum().backward()
     assert features.grad.isfinite().all()
@@ -121,7 +121,7 @@ def test_all_rows_equal(loss, dtype, backend):
 
 @pytest.mark.parametrize("row", [0, 2])
 def test_a_nan_query_spoils_its_own_loss_only(row, backend):
-    query, positive, negatives = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    query, positive, negatives = torch.randn(3, 5, 4, generator=testing.generator(0))
     for keys in ([positive], [positive, negatives]):
         expected = fastcl.info_nce(query, *keys, reduction="none")
         spoiled = query.clone()
@@ -133,7 +133,7 @@ def test_a_nan_query_spoils_its_own_loss_only(row, backend):
 
 
 def test_a_nan_key_reaches_every_row_that_compares_with_it(backend):
-    query, positive, negatives = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    query, positive, negatives = torch.randn(3, 5, 4, generator=testing.generator(0))
     negatives[3, 2] = torch.nan
     assert fastcl.info_nce(query, positive, negatives, reduction="none").isnan().all()
     positive[1] = torch.nan

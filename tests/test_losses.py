@@ -37,21 +37,21 @@ def test_dtypes_and_temperatures(loss, dtype, temperature, backend):
 @every_loss
 @pytest.mark.parametrize("factor_dtype", testing.DTYPES, ids=str)
 def test_temperature_tensor_of_any_dtype_receives_its_gradient(loss, factor_dtype, backend):
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+    for dtype in (testing.WIDEST, torch.float32, torch.bfloat16):
         check(loss, testing.make_case("random", SMALL, seed=2), dtype, 0.1, factor_dtype=factor_dtype)
 
 
 @every_loss
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_reductions(loss, reduction, backend):
-    for dtype in (torch.float64, torch.float32):
+    for dtype in (testing.WIDEST, torch.float32):
         check(loss, testing.make_case("random", SMALL, seed=3), dtype, 0.1, reduction=reduction)
 
 
 @every_loss
 def test_rows_of_very_different_length(loss, backend):
     case = testing.make_case("random", SMALL, seed=4)
-    lengths = torch.logspace(-3, 3, SMALL[0], dtype=torch.float64)[:, None]
+    lengths = torch.logspace(-3, 3, SMALL[0], dtype=testing.WIDEST)[:, None]
     check(loss, case._replace(query=case.query * lengths), torch.float32, 0.1)
 
 
@@ -63,7 +63,7 @@ def test_negative_temperature_and_scale(loss, backend):
 
 
 def _mask_backends():
-    return [name for name in testing.backends() if name != "cpu"]
+    return [name for name in testing.backends() if name not in ("cpu", "triton")]
 
 
 @pytest.mark.parametrize("name", MASKED)
@@ -114,10 +114,10 @@ def test_base_temperature_scales_the_loss(base_temperature, as_tensor, backend):
     options = {"temperature": temperature, "base_temperature": base_temperature}
     got = fastcl.sup_con(features, labels, **options)
     exact = formulas.sup_con(features, labels, **options)
-    torch.testing.assert_close(got, exact)
+    torch.testing.assert_close(got, exact.to(got.dtype))
     if as_tensor:
         (got_grad,), (exact_grad,) = (torch.autograd.grad(x, temperature) for x in (got, exact))
-        torch.testing.assert_close(got_grad, exact_grad)
+        torch.testing.assert_close(got_grad.to(got.dtype), exact_grad.to(got.dtype))
 
 
 @pytest.mark.parametrize("views", [1, 2, 3, 5])
@@ -142,7 +142,7 @@ def test_sup_con_of_two_views_without_labels_is_nt_xent(backend):
 
 
 def _converged(count=128, width=64):
-    generator = torch.Generator().manual_seed(5)
+    generator = testing.generator(5)
     z1, z2 = torch.randn(2, count, width, generator=generator, dtype=torch.float64)
     z1 = F.normalize(z1, dim=-1)
     return z1, F.normalize(z1 + 0.02 * F.normalize(z2, dim=-1), dim=-1)
@@ -165,7 +165,7 @@ def test_converged_pairs_have_a_far_smaller_gradient_error_than_cross_entropy(na
 
 
 def test_float16_gradients_do_not_underflow_under_mean_reduction(backend):
-    z1, z2 = testing.make_case("random", (1024, 1, 32))[:2]
+    z1, z2 = testing.make_case("random", (128 if testing.INTERPRETED else 1024, 1, 32))[:2]
     inputs = [x.half() for x in (z1, z2)]
     _, got = testing.value_and_grads(lambda a, b: fastcl.nt_xent(a, b, 0.5), inputs)
     _, exact = testing.value_and_grads(

@@ -9,13 +9,13 @@ from torch.library import opcheck
 import fastcl
 from bench.cases import FASTCL
 from bench.memory import peak_bytes
-from fastcl import MochiDraws, NegativeQueue, mochi_loss, momentum_update_
+from fastcl import MochiDraws, NegativeQueue, mochi_loss, momentum_update_, testing
 
 SIZES = {"n_hard": 20, "n_mix": 15, "n_query_mix": 9}
 
 
 def draw(n, n_hard, n_mix, n_query_mix, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = testing.generator(seed)
     ranks = [torch.randint(n_hard, (n, count), generator=generator) for count in (n_mix, n_mix, n_query_mix)]
     weights = [
         torch.rand(n, count, generator=generator, dtype=torch.float64) for count in (n_mix, n_query_mix)
@@ -45,7 +45,7 @@ def dense(query, positive, keys, temperature, draws, n_hard):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [d for d in testing.DTYPES if d != torch.float16], ids=str)
 def test_values_and_gradients(backend, dtype, stored, reduction):
     torch.manual_seed(0)
     n, size, dim = 13, 150, 24
@@ -82,12 +82,13 @@ def test_without_mixing_it_is_moco(backend):
 
 def test_one_kind_of_mixing_only(backend):
     queue = NegativeQueue(40, 8)
-    query, positive = torch.randn(6, 8, dtype=torch.float64), torch.randn(6, 8, dtype=torch.float64)
+    query, positive = torch.randn(6, 8, dtype=testing.WIDEST), torch.randn(6, 8, dtype=testing.WIDEST)
     for n_mix, n_query_mix in ((5, 0), (0, 5)):
         draws = draw(6, 10, n_mix, n_query_mix)
         sizes = {"n_hard": 10, "n_mix": n_mix, "n_query_mix": n_query_mix}
         got = mochi_loss(query, positive, queue, draws=draws, reduction="none", **sizes)
-        torch.testing.assert_close(got, dense(query, positive, queue.keys, 0.2, draws, 10))
+        exact = dense(query, positive, queue.keys, 0.2, draws, 10)
+        torch.testing.assert_close(got, exact.to(got.dtype))
 
 
 def test_reproducible_with_a_generator():
@@ -95,7 +96,7 @@ def test_reproducible_with_a_generator():
     query, positive = torch.randn(6, 8), torch.randn(6, 8)
 
     def run(seed):
-        return mochi_loss(query, positive, queue, generator=torch.Generator().manual_seed(seed), **SIZES)
+        return mochi_loss(query, positive, queue, generator=testing.generator(seed), **SIZES)
 
     assert run(1) == run(1) != run(2)
 
@@ -117,11 +118,12 @@ def test_enqueue_between_loss_and_backward():
     assert query.grad.isfinite().all()
 
 
+@pytest.mark.skipif(not testing.IN_FLOAT64, reason="finite differences need float64")
 def test_second_derivatives(backend):
     queue = NegativeQueue(12, 4)
     draws = draw(3, 5, 4, 3)
     sizes = {"n_hard": 5, "n_mix": 4, "n_query_mix": 3}
-    query, positive = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    query, positive = (torch.randn(3, 4, dtype=testing.WIDEST, requires_grad=True) for _ in range(2))
     queue.keys.copy_(F.normalize(torch.randn(12, 4), dim=1))
 
     def loss(positive):
@@ -174,6 +176,7 @@ def test_checks_its_input():
             mochi_loss(**arguments)
 
 
+@pytest.mark.skipif(testing.INTERPRETED, reason="the interpreter's memory, not the kernels'")
 def test_memory_beyond_the_queue():
     """256 queries on 65,536 keys: the logits alone would be 64 MiB."""
     assert 0 < peak_bytes("mochi-256x128-65536keys", FASTCL) < 64 * 2**20

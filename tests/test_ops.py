@@ -15,7 +15,9 @@ from fastcl.problem import Problem
 
 OPS = torch.ops.fastcl
 STREAMING = [name for name in testing.backends() if name != "reference"]
+WHOLE_LOSS = "one_positive_triton" if testing.INTERPRETED else "one_positive"
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+in_float64 = pytest.mark.skipif(not testing.IN_FLOAT64, reason="finite differences need float64")
 streaming = pytest.mark.parametrize("name", STREAMING)
 
 PROBLEMS = {
@@ -96,7 +98,7 @@ def test_whole_loss_op(loss_name, dtype):
     loss = LOSSES[loss_name]
     case = testing.make_case("random", (6, 7, 5))
     factor = torch.tensor(loss.factor(0.5), dtype=torch.float64, requires_grad=True)
-    with fastcl.use_backend("cpu"), Recorder("fastcl.one_positive") as recorder:
+    with fastcl.use_backend(STREAMING[-1]), Recorder(f"fastcl.{WHOLE_LOSS}") as recorder:
         for frozen in range(3):
             inputs = [x.to(dtype, copy=True) for x in loss.inputs(case)]
             for x in inputs[: len(inputs) - frozen]:
@@ -153,6 +155,7 @@ def test_compiles_with_inductor():
     torch.testing.assert_close(got, exact)
 
 
+@in_float64
 @every_loss
 def test_first_and_second_derivatives(loss, backend):
     case = testing.make_case("random", (3, 4, 3), seed=1)
@@ -164,6 +167,7 @@ def test_first_and_second_derivatives(loss, backend):
         assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 
 
+@in_float64
 def test_derivatives_of_the_statistics(backend):
     case = testing.make_case("random", (4, 5, 3), seed=2)
     m = len(case.key)
@@ -189,7 +193,7 @@ def test_derivatives_of_the_statistics(backend):
 
 
 @pytest.mark.parametrize("name", ["info_nce", "info_nce-negatives", "nt_xent", "clip_loss", "sup_con-in"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", list({torch.float32: None, testing.WIDEST: None}), ids=str)
 def test_second_derivatives_of_converged_pairs_are_finite(name, dtype, backend):
     """Logits 1/0.005 apart: the probability of every negative is zero in float32."""
     loss = LOSSES[name]
@@ -203,8 +207,8 @@ def test_second_derivatives_of_converged_pairs_are_finite(name, dtype, backend):
 
 
 def test_second_derivatives_without_negatives_are_finite(backend):
-    query, positive = (torch.randn(3, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    value = fastcl.info_nce(query, positive, torch.empty(0, 2, dtype=torch.float64))
+    query, positive = (torch.randn(3, 2, dtype=testing.WIDEST, requires_grad=True) for _ in range(2))
+    value = fastcl.info_nce(query, positive, torch.empty(0, 2, dtype=testing.WIDEST))
     grads = torch.autograd.grad(value, [query, positive], create_graph=True)
     second = torch.autograd.grad(sum(g.square().sum() for g in grads), [query, positive])
     assert all(not g.any() for g in second)

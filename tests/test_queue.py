@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import fastcl
-from fastcl import NegativeQueue
+from fastcl import NegativeQueue, info_nce, testing
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -28,7 +28,7 @@ def dense(query, positive, keys, temperature, excluded=None):
     return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=10 if testing.INTERPRETED else 100)
 @given(size=st.integers(1, 9), batches=st.lists(st.integers(0, 25), min_size=30, max_size=60))
 def test_first_in_first_out(size, batches):
     queue = NegativeQueue(size, 2, with_ids=True)
@@ -82,7 +82,7 @@ def test_loads_the_official_moco_layout():
 
 
 @pytest.mark.parametrize("stored", DTYPES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [d for d in testing.DTYPES if d != torch.float16], ids=str)
 def test_loss_is_that_of_the_stored_keys(backend, stored, dtype):
     torch.manual_seed(0)
     queue = NegativeQueue(300, 33, dtype=stored, with_ids=True)
@@ -91,7 +91,7 @@ def test_loss_is_that_of_the_stored_keys(backend, stored, dtype):
     excluded = query_ids[:, None] == queue.ids[None]
     results = []
     for run in (fastcl.info_nce, None):
-        query, positive = (torch.randn(20, 33, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+        query, positive = (torch.randn(20, 33, generator=testing.generator(s)) for s in (1, 2))
         query, positive = (x.to(dtype).requires_grad_() for x in (query, positive))
         temperature = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
         if run:
@@ -121,6 +121,7 @@ def test_enqueue_between_loss_and_backward(backend):
     torch.testing.assert_close(query.grad, expected.grad)
 
 
+@pytest.mark.skipif(testing.INTERPRETED, reason="the interpreter's memory, not the kernels'")
 def test_keys_are_used_in_place():
     queue = NegativeQueue(20_000, 64)
     query = torch.randn(8, 64, requires_grad=True)
@@ -169,11 +170,11 @@ def test_rows_that_are_not_finite_are_named_on_request():
         queue.validate()
 
 
-def test_enqueue_is_an_op_and_compiles():
+def test_enqueue_is_an_op_and_compiles(backend):
     queue = NegativeQueue(6, 4, with_ids=True)
-    arguments = (queue.keys, queue.ids, queue.pointer, torch.randn(4, 4), torch.arange(4))
+    arguments = (queue.keys, queue.ids, queue.pointer, torch.randn(4, 4), torch.arange(4), backend)
     opcheck(torch.ops.fastcl.enqueue, arguments)
-    opcheck(torch.ops.fastcl.enqueue, (queue.keys, None, queue.pointer, torch.randn(9, 4), None))
+    opcheck(torch.ops.fastcl.enqueue, (queue.keys, None, queue.pointer, torch.randn(9, 4), None, backend))
     twin = copy.deepcopy(queue)
 
     def step(queue, query, keys, ids):
@@ -203,3 +204,13 @@ def test_all_ranks_keys_in_rank_order():
         multiprocessing.spawn(_enqueue_on_rank, (f"{folder}/rendezvous", results), nprocs=2)
         assert results[0] == results[1]
         assert results[0][0] == [10, 11, 12, 20, -1, -1, -1, -1]
+
+
+def test_ids_may_be_strided(backend):
+    queue = NegativeQueue(12, 4, with_ids=True)
+    queue.enqueue(torch.randn(12, 4), (torch.arange(24) % 5)[::2])
+    query, positive = torch.randn(2, 6, 4)
+    strided = (torch.arange(12) % 5)[::2]
+    assert not strided.is_contiguous()
+    expected = info_nce(query, positive, queue, query_ids=strided.contiguous())
+    assert torch.equal(info_nce(query, positive, queue, query_ids=strided), expected)

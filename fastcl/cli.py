@@ -1,16 +1,20 @@
-"""The command line: ``fastcl info`` and ``fastcl train METHOD``."""
+"""The command line: ``fastcl info``, ``fastcl train METHOD`` and ``fastcl export``."""
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import fastcl
 
-# the name in --batch-size or --batch-size=64, which jsonargparse spells like the Python parameter
-_OPTION = re.compile(r"(?<=^--)[^=]+")
+_METHODS = {
+    "simclr": "two views of an image find each other among the batch (Chen et al. 2020)",
+    "moco": "MoCo v2: a view finds its key among a queue of earlier keys (He et al. 2020)",
+    "mochi": "MoCo v2 with mixed hard negatives (Kalantidis et al. 2020)",
+    "supcon": "views of one class find each other among the batch (Khosla et al. 2020)",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -20,28 +24,55 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("info", help="which backends are available here, and why the others are not")
     commands.add_parser("train", help="train an encoder; 'fastcl train --help' lists methods", add_help=False)
+    exported = commands.add_parser("export", help="write a checkpoint's encoder as a torchvision state_dict")
+    exported.add_argument(
+        "checkpoint", type=Path, help="written by fastcl train, with one of torchvision's ResNets"
+    )
+    exported.add_argument("out", type=Path, help="the file to write")
     chosen, rest = parser.parse_known_args(arguments)
     if chosen.command == "train":
         _train(rest)
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    elif chosen.command == "export":
+        _export(chosen.checkpoint, chosen.out)
     else:
         fastcl.show_config()
 
 
 def _train(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "fastcl train",
+        description="Train an encoder. 'fastcl train METHOD --help' lists the method's options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        exit_on_error=False,
+        epilog="methods:\n" + "\n".join(f"  {name:8} {text}" for name, text in _METHODS.items()),
+    )
+    parser.add_argument("method", choices=_METHODS, metavar="METHOD", help="simclr, moco, mochi or supcon")
     try:
-        import jsonargparse
+        method = parser.parse_args(arguments[:1]).method  # what follows is the method's own, --help too
+        from fastcl.train.options import parse
+        from fastcl.train.run import prepare
+        from fastcl.train.stopping import RunStoppedError
 
-        from fastcl.train import simclr
-
-        run = jsonargparse.auto_cli(
-            {"simclr": simclr},
-            args=[_OPTION.sub(lambda option: option[0].replace("-", "_"), text) for text in arguments],
-            prog="fastcl train",
-            exit_on_error=False,
-        )
+        run = prepare(method, **parse(method, arguments[1:]))
+        try:
+            run.fit()
+        except RunStoppedError as stop:
+            _fail("train", str(stop), status=1)
     except (argparse.ArgumentError, ValueError, ModuleNotFoundError) as error:
-        print(f"fastcl train: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    run.fit()
+        _fail("train", error)
+
+
+def _export(checkpoint: Path, out: Path) -> None:
+    try:
+        from fastcl.train import export
+
+        print(export(checkpoint, out))
+    except (ValueError, ModuleNotFoundError) as error:
+        _fail("export", error)
+
+
+def _fail(command: str, error: object, *, status: int = 2) -> None:
+    print(f"fastcl {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(status)

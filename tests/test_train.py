@@ -1,8 +1,9 @@
-"""The demo trainer and the command line: what a run leaves behind, and what is said when it cannot start."""
+"""The trainers and their command line: what a run leaves behind, and what is said when it cannot start."""
 
 from __future__ import annotations
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,16 @@ from fastcl.cli import main
 
 pytest.importorskip("fastcl.train")
 
-from fastcl.train import simclr
-from fastcl.train.data import augment_digits, load
-from fastcl.train.evaluation import embed, knn_top1, knn_top1_few
+from fastcl.train import prepare
+from fastcl.train.evaluation import embed, knn_top1
+from fastcl.train.images import Loader
+from fastcl.train.settings import METHODS, defaults
 
 SMALL = ("train", "simclr", "--data", "digits", "--width", "4", "--batch-size", "256")
+HEADER = (
+    "epoch,loss,knn_top1,knn_top1_few,contrastive_top1,alignment,uniformity,"
+    "linear_top1,linear_top1_10percent,linear_top1_1percent"
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +35,9 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def rows(out: Path) -> list[list[str]]:
+def rows(out: Path) -> list[dict[str, str]]:
     with (out / "metrics.csv").open(newline="") as file:
-        return list(csv.reader(file))
+        return list(csv.DictReader(file))
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
@@ -40,30 +46,55 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 class TestRun:
     def test_the_metrics_have_a_row_for_the_untrained_encoder_and_one_per_epoch(self, out: Path) -> None:
-        header, *measured = rows(out)
-        assert header == ["epoch", "loss", "knn_top1", "knn_top1_few"]
-        assert [row[0] for row in measured] == ["0", "1", "2"]
+        assert (out / "metrics.csv").read_text().splitlines()[0] == HEADER
+        assert [row["epoch"] for row in rows(out)] == ["0", "1", "2"]
 
     def test_the_untrained_encoder_has_accuracies_and_no_loss(self, out: Path) -> None:
-        _, loss, top1, few = rows(out)[1]
-        assert loss == ""
-        assert 0.1 < float(few) < float(top1) < 1
+        first = rows(out)[0]
+        assert first["loss"] == ""
+        assert 0.1 < float(first["knn_top1_few"]) < float(first["knn_top1"]) < 1
 
     def test_the_loss_falls(self, out: Path) -> None:
-        first, second = (float(row[1]) for row in rows(out)[2:])
+        first, second = (float(row["loss"]) for row in rows(out)[1:])
         assert second < first
+
+    def test_linear_classifiers_are_measured_at_the_end(self, out: Path) -> None:
+        *before, last = rows(out)
+        names = ("linear_top1_1percent", "linear_top1_10percent", "linear_top1")
+        assert all(row[name] == "" for row in before for name in names)
+        shares = [float(last[name]) for name in names]
+        assert 0.1 < shares[0] < shares[1] < shares[2] < 1
 
     def test_the_checkpoint_restores_the_encoder(self, out: Path, tmp_path: Path) -> None:
         weights = torch.load(out / "simclr.ckpt", weights_only=True)["state_dict"]
-        method = simclr(out=tmp_path, width=4, seed=1).method
-        method.load_state_dict(weights)
-        source = load("digits")
-        bank, queries = (embed(method.encoder, part.images) for part in (source.train, source.test))
-        top1 = knn_top1(bank, source.train.labels, queries, source.test.labels)
-        assert top1 == pytest.approx(float(rows(out)[-1][2]), abs=1 / len(queries))
+        run = prepare("simclr", out=tmp_path, width=4, seed=1)
+        run.method.load_state_dict(weights)
+        bank, queries = (
+            embed(
+                run.method.encoder,
+                Loader(images, 512, run.source.unreadable),
+                run.source.normalize,
+                torch.device("cpu"),
+            )
+            for images in (run.source.bank, run.source.test)
+        )
+        top1 = float(rows(out)[-1]["knn_top1"])
+        assert knn_top1(bank, queries, k=1) == pytest.approx(top1, abs=1 / len(queries.labels))
 
-    def test_the_curves_are_a_png(self, out: Path) -> None:
-        assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    def test_the_pictures_are_pngs(self, out: Path) -> None:
+        for name in ("curves.png", "embedding.png"):
+            assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+    def test_tensorboard_has_the_metrics(self, out: Path) -> None:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(out / "tensorboard")).Reload()
+        assert {"loss", "knn_top1", "alignment", "uniformity"} <= set(events.Tags()["scalars"])
+
+    def test_the_parts_of_a_step_are_recorded(self, out: Path) -> None:
+        times = json.loads((out / "times.json").read_text())
+        assert list(times) == ["data", "forward", "loss", "backward", "optimizer"]
+        assert all(0 < milliseconds < 10_000 for milliseconds in times.values())
 
     def test_the_same_seed_gives_the_same_run_and_replaces_the_older_results(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -73,70 +104,52 @@ class TestRun:
             main([*SMALL, "--epochs", "1", "--out", str(tmp_path)])
             kept.extend(rows(tmp_path))
         assert first == second
-        assert len(first) == 3
-        output = capsys.readouterr().out.splitlines()[-4:]
+        assert len(first) == 2
+        output = capsys.readouterr().out.splitlines()[-6:]
         assert output[0].startswith("epoch 1/1  loss ")
         assert output[1].startswith("knn_top1 ")
         assert "->" in output[2]
-        assert str(tmp_path / "metrics.csv") in output[3]
+        assert output[3].startswith("linear_top1 ")
+        assert output[4].startswith("a step took ")
+        assert str(tmp_path / "metrics.csv") in output[5]
 
-    def test_options_may_come_from_a_file(self, tmp_path: Path) -> None:
+    def test_options_may_come_from_a_file_and_a_run_leaves_its_own(self, tmp_path: Path) -> None:
         config = tmp_path / "config.yaml"
         config.write_text(f"width: 4\nepochs: 1\nbatch_size: 700\nout: {tmp_path / 'run'}\n")
-        main(["train", "simclr", "--config", str(config)])
-        assert len(rows(tmp_path / "run")) == 3
+        main(["train", "supcon", "--config", str(config)])
+        first = rows(tmp_path / "run")
+        main(["train", "supcon", "--config", str(tmp_path / "run" / "config.yaml")])
+        assert rows(tmp_path / "run") == first
+        assert len(first) == 2
 
 
-class TestDigits:
-    def test_a_fifth_of_each_class_is_for_testing(self) -> None:
-        source = load("digits")
-        train, test = source.train.labels.bincount(), source.test.labels.bincount()
-        assert train.sum() + test.sum() == 1797
-        assert ((test / (train + test) - 0.2).abs() < 0.01).all()
-
-    def test_views_differ_from_each_other_but_not_in_shape(self) -> None:
-        images = load("digits").train.images[:16]
-        first, second = augment_digits(images), augment_digits(images)
-        assert first.shape == second.shape == images.shape
-        assert first.isfinite().all()
-        assert not first.isclose(second).all(dim=(1, 2, 3)).any()
-
-
-class TestNearestNeighbours:
-    bank = torch.tensor([[1.0, 0.0], [0.0, 3.0], [-2.0, 0.0]])
-    bank_labels = torch.tensor([5, 7, 9])
-
-    def test_a_query_has_the_label_of_the_entry_with_the_largest_cosine(self) -> None:
-        queries = torch.tensor([[9.0, 1.0], [1.0, 2.0], [-1.0, -1e-3], [2.0, 1.9]])
-        labels = torch.tensor([5, 7, 9, 7])
-        assert knn_top1(self.bank, self.bank_labels, queries, labels) == 0.75
-
-    def test_with_one_entry_per_class_few_labels_are_all_labels(self) -> None:
-        queries, labels = torch.tensor([[1.0, 0.1], [0.1, 1.0]]), torch.tensor([5, 9])
-        assert knn_top1_few(self.bank, self.bank_labels, queries, labels) == 0.5
-
-    def test_few_labels_are_one_per_class_and_always_the_same_draws(self) -> None:
-        # class 0 has one entry where its query is and one opposite it, nearer to class 1's
-        bank = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])
-        bank_labels, queries, labels = torch.tensor([0, 0, 1]), torch.tensor([[1.0, 0.1]]), torch.tensor([0])
-        few = knn_top1_few(bank, bank_labels, queries, labels)
-        assert knn_top1(bank, bank_labels, queries, labels) == 1
-        assert 0.2 < few < 0.8
-        assert few == knn_top1_few(bank, bank_labels, queries, labels)
-
-    def test_embedding_leaves_the_encoder_in_training_mode_and_unchanged(self) -> None:
-        encoder = torch.nn.BatchNorm1d(2)
-        embed(encoder, self.bank)
-        assert encoder.training
-        assert encoder.num_batches_tracked == 0
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("data", ["digits", "cifar"])
+def test_every_method_trains(method: str, data: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    options = {"out": tmp_path, "arch": "resnet8", "width": 4, "epochs": 1, "batch_size": 64, "dim": 32}
+    if method in ("moco", "mochi"):
+        options |= {"queue_size": 256}
+    if method == "mochi":
+        options |= {"n_hard": 64, "n_mix": 16, "n_query_mix": 8, "mix_from_epoch": 0}
+    folder = "digits" if data == "digits" else str(request.getfixturevalue("cifar"))
+    prepare(method, data=folder, limit=256 if data == "digits" else 2000, **options).fit()
+    _, trained = rows(tmp_path)
+    assert 0 < float(trained["loss"]) < 20
+    assert -4 <= float(trained["uniformity"]) <= 0
+    assert 0 <= float(trained["alignment"]) <= 4
+    assert 0 <= float(trained["contrastive_top1"]) <= 1
+    assert float(trained["linear_top1"]) > 0.1
+    assert (tmp_path / f"{method}.ckpt").is_file()
 
 
 class TestCommandLine:
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
-            (["--data", "cats"], "data must be one of 'digits', got 'cats'"),
-            (["--arch", "vgg"], "arch must be one of 'resnet8', 'resnet14', 'resnet20', got 'vgg'"),
+            (["--data", "cats"], "'fashion-mnist' or a folder, got 'cats'"),
+            (["--arch", "vgg"], "'wide_resnet50_2', got 'vgg'"),
+            (["--arch", "resnet18"], "for images of 1 channel(s), got 'resnet18'"),
+            (["--optimizer", "adam"], "optimizer must be one of 'lars', 'sgd', 'adamw', got 'adam'"),
             (["--batch-size", "5000"], "batch_size must be between 2 and 1437"),
             (["--batch-size", "1"], "batch_size must be between 2 and 1437"),
             (["--epochs", "0"], "epochs"),
@@ -166,25 +179,28 @@ class TestCommandLine:
         assert "magic" in line
         assert "simclr" in line
 
-    def test_help_lists_every_option_with_its_default(self, capsys: pytest.CaptureFixture[str]) -> None:
+    @pytest.mark.parametrize("method", METHODS)
+    def test_help_lists_every_option_with_its_default(
+        self, method: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         with pytest.raises(SystemExit) as stop:
-            main(["train", "simclr", "--help"])
+            main(["train", method, "--help"])
         assert stop.value.code == 0
         output = capsys.readouterr().out
-        for option in (
-            "data",
-            "out",
-            "arch",
-            "width",
-            "dim",
-            "epochs",
-            "batch_size",
-            "temperature",
-            "lr",
-            "seed",
-        ):
-            assert f"--{option} " in output
-        assert output.count("default:") == 11
+        options = defaults(method, "digits")
+        for option in options:
+            assert f"--{option.replace('_', '-')} " in output
+        assert output.count("default:") == len(options)
+
+    def test_help_shows_the_defaults_for_the_given_images(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = tmp_path / "config.yaml"
+        config.write_text("data: cifar10\n")
+        for arguments in (["--data=cifar10"], ["--data", "cifar10"], ["--config", str(config)]):
+            with pytest.raises(SystemExit):
+                main(["train", "moco", *arguments, "--help"])
+            assert "here small images" in " ".join(capsys.readouterr().out.split())  # however wide the screen
 
     def test_info_says_what_is_available_and_needs_none_of_the_optional_packages(self) -> None:
         done = run_python(

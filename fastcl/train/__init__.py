@@ -1,14 +1,30 @@
-"""Thin trainers: Lightning runs the loop, torchvision gives the layers, fastcl the loss."""
+"""Thin trainers: Lightning runs the loop, torchvision gives the networks, fastcl the loss."""
 
 try:
     from fastcl.train.vision import ensure_torchvision
 
     ensure_torchvision()
 
-    from fastcl.train.data import Source
-    from fastcl.train.methods import SimCLR
-    from fastcl.train.recipes import Run, simclr
+    from fastcl.train.checkpoints import export
+    from fastcl.train.encoders import make_encoder
+    from fastcl.train.moco import MoCHi, MoCo
+    from fastcl.train.optimizers import Optimization
+    from fastcl.train.run import Run, prepare
+    from fastcl.train.simclr import SimCLR
+    from fastcl.train.stopping import RunStoppedError
+    from fastcl.train.supcon import SupCon
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"fastcl.train needs {error.name}: pip install 'fastcl[train]'") from error
 
-__all__ = ["Run", "SimCLR", "Source", "simclr"]
+__all__ = [
+    "MoCHi",
+    "MoCo",
+    "Optimization",
+    "Run",
+    "RunStoppedError",
+    "SimCLR",
+    "SupCon",
+    "export",
+    "make_encoder",
+    "prepare",
+]

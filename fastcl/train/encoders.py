@@ -3,31 +3,68 @@
 from __future__ import annotations
 
 import torch
+import torchvision
 from torch import nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 
 from fastcl.checks import check_choice
 
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2")
+SMALL_IMAGE = 64  # the largest side of images that get the stem of CIFAR's networks
+
+_NARROWEST_CHANNELS_LAST = 16  # channels of the first stage
+
 # 6n + 2 layers, n blocks in each of three stages: He et al. 2015, section 4.2
 _BLOCKS_PER_STAGE = {"resnet8": 1, "resnet14": 2, "resnet20": 3}
 
 
-def small_resnet(arch: str, width: int, in_channels: int) -> tuple[nn.Module, int]:
-    """A residual network for small images: 3x3 stem, no pooling before the last layer.
+def make_encoder(
+    arch: str, image_size: int, *, width: int = 32, in_channels: int = 3
+) -> tuple[nn.Module, int]:
+    """An untrained encoder for square images.
 
     Args:
-        arch: 'resnet8', 'resnet14' or 'resnet20'.
-        width: channels of the first stage; each later stage halves the resolution and doubles them.
-        in_channels: channels of the images.
+        arch: one of torchvision's ResNets (:data:`RESNETS`), without its classifier; or 'resnet8', 'resnet14'
+            or 'resnet20', He et al.'s networks for CIFAR-10.
+        image_size: side of the images; up to 64, torchvision's ResNets get a 3x3 stem of stride 1 without
+            pooling, as usual on CIFAR.
+        width: channels of the first stage of the small networks.
+        in_channels: channels of the images; torchvision's ResNets take 3.
 
     Returns:
         The encoder, images (N, in_channels, H, W) to features (N, F), and F.
 
     Raises:
-        ValueError: an unknown ``arch``.
+        ValueError: an unknown ``arch``, or one that does not take ``in_channels``.
     """
-    check_choice("arch", arch, tuple(_BLOCKS_PER_STAGE))
+    check_choice("arch", arch, (*_BLOCKS_PER_STAGE, *RESNETS))
+    if arch in _BLOCKS_PER_STAGE:
+        encoder, features = _small_resnet(arch, width, in_channels)
+    elif in_channels == 3:
+        encoder, features = _torchvision_resnet(arch, small=image_size <= SMALL_IMAGE)
+    else:
+        small = ", ".join(map(repr, _BLOCKS_PER_STAGE))
+        raise ValueError(f"arch must be one of {small} for images of {in_channels} channel(s), got {arch!r}")
+    # PyTorch 2.13's CPU convolutions corrupt memory in the backward pass of narrower channels-last networks
+    if features >= 4 * _NARROWEST_CHANNELS_LAST:
+        convert_conv2d_weight_memory_format(encoder, torch.channels_last)
+    return encoder, features
+
+
+def _torchvision_resnet(arch: str, *, small: bool) -> tuple[nn.Module, int]:
+    encoder = torchvision.models.get_model(arch)
+    features = encoder.fc.in_features
+    encoder.fc = nn.Identity()
+    if small:
+        encoder.conv1 = conv3x3(3, encoder.conv1.out_channels)
+        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+        encoder.maxpool = nn.Identity()
+    return encoder, features
+
+
+def _small_resnet(arch: str, width: int, in_channels: int) -> tuple[nn.Module, int]:
+    """A residual network for small images: 3x3 stem; each stage after the first halves the resolution."""
     layers: list[nn.Module] = [conv3x3(in_channels, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
     channels = width
     for stage in range(3):
@@ -39,7 +76,6 @@ def small_resnet(arch: str, width: int, in_channels: int) -> tuple[nn.Module, in
     for module in encoder.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    convert_conv2d_weight_memory_format(encoder, torch.channels_last)
     return encoder, channels
 
 

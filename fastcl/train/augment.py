@@ -1,0 +1,92 @@
+"""Random views of images, drawn for a whole batch on its device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import kornia.augmentation as K
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import affine_grid, grid_sample
+
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights expect
+
+
+def normalize(images: Tensor) -> Tensor:
+    """Images (N, 3, H, W), uint8 or float in [0, 1], as torchvision's networks take them."""
+    mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in (_MEAN, _STD))
+    return (_as_float(images) - mean) / std
+
+
+def _as_float(images: Tensor) -> Tensor:
+    return images if images.is_floating_point() else images.float() / 255
+
+
+def photo_augmentation(
+    size: int | None, *, crop_min: float, jitter: float, blur: bool
+) -> Callable[[Tensor], Tensor]:
+    """SimCLR's augmentation: crop, mirror, colour jitter, grey, blur. Its strengths differ by method.
+
+    Chen et al. 2020, https://arxiv.org/abs/2002.05709, appendix A.
+
+    Args:
+        size: side of the views; None: the images are crops already.
+        crop_min: smallest share of the image's area in a crop.
+        jitter: strength of the changes in brightness, contrast and saturation; hue is a quarter of it.
+        blur: blur half of the images.
+
+    Returns:
+        A function of images (N, 3, H, W), uint8 or float in [0, 1], to normalized views (N, 3, size, size).
+    """
+    steps: list[nn.Module] = [
+        K.RandomHorizontalFlip(p=0.5),
+        K.ColorJitter(jitter, jitter, jitter, jitter / 4, p=0.8),
+        K.RandomGrayscale(p=0.2),
+    ]
+    if size is not None:
+        crop = K.RandomResizedCrop((size, size), scale=(crop_min, 1.0), cropping_mode="resample")
+        steps.insert(0, crop)
+    if blur:
+        kernel = max(3, (size or 224) // 10 // 2 * 2 + 1)  # a tenth of the image, odd
+        steps.append(K.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=0.5))
+    draw = nn.Sequential(*steps)
+
+    def augment(images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, enabled=False):
+            return normalize(draw(_as_float(images)))
+
+    return augment
+
+
+def augment_digits(images: Tensor) -> Tensor:
+    """Random views of small glyphs: warped, thinned or fattened, partly erased, noisy.
+
+    Nothing is mirrored: a flipped 2 is no longer a 2.
+    """
+    count = len(images)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(count, device=images.device).uniform_(low, high)
+
+    angle = uniform(-math.radians(25), math.radians(25))
+    shear = uniform(-0.25, 0.25)
+    width, height = uniform(-0.2, 0.2).exp(), uniform(-0.2, 0.2).exp()
+    shift_x, shift_y = uniform(-0.2, 0.2), uniform(-0.2, 0.2)
+    cosine, sine = angle.cos(), angle.sin()
+    warp = torch.stack(
+        [
+            torch.stack([cosine * width, cosine * shear - sine * height, shift_x], dim=1),
+            torch.stack([sine * width, sine * shear + cosine * height, shift_y], dim=1),
+        ],
+        dim=1,
+    )  # [N, 2, 3]
+    grid = affine_grid(warp, list(images.shape), align_corners=False)
+    views = grid_sample(images, grid, align_corners=False).clamp(0, 1)
+    gamma, contrast = uniform(-0.4, 0.4).exp(), uniform(0.6, 1.0)
+    views = contrast[:, None, None, None] * views ** gamma[:, None, None, None]
+    row, column = uniform(0, 7).round()[:, None, None], uniform(0, 7).round()[:, None, None]
+    pixel = torch.arange(8, device=images.device)
+    patch = ((pixel[:, None] - row).abs() <= 1) & ((pixel - column).abs() <= 1)  # [N, 8, 8]
+    erased = patch & (uniform(0, 1) < 0.3)[:, None, None]
+    return views.masked_fill(erased[:, None], 0) + 0.1 * torch.randn_like(views)

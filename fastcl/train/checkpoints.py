@@ -1,0 +1,145 @@
+"""Checkpoints: written whole or not at all, read with clear errors, exported for torchvision."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+from fastcl.train.encoders import RESNETS
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the old checkpoint, then takes its place: at any moment one of both is there, whole."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write ``checkpoint`` to ``path``.
+
+        Raises:
+            OSError: the disk is full, or the folder cannot be written to; ``path`` is as it was.
+        """
+        write_atomically(Path(path), checkpoint)
+
+
+def write_atomically(path: Path, content: object) -> None:
+    """``torch.save`` to ``path``, which is replaced only once the whole content is on the disk."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch.save fails once more on its way out
+            raise error.__context__ from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint: a mapping that holds a 'state_dict'.
+
+    Raises:
+        ValueError: no such file, or not a checkpoint.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is not a checkpoint, or a damaged one") from error
+    if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("state_dict"), Mapping):
+        raise ValueError(f"{path} is not a checkpoint: it holds no 'state_dict'")
+    return dict(checkpoint)
+
+
+def entries(state: Mapping[str, Tensor], prefix: str, *, without: str | None = None) -> dict[str, Tensor]:
+    """The entries under ``prefix``, named without it; those that go on with ``without`` are left out."""
+    inner = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+    return {name: x for name, x in inner.items() if without is None or not name.startswith(without)}
+
+
+def read_moco(path: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint in the layout of MoCo's official code, for :meth:`Method.load_moco`.
+
+    Returns:
+        The entries 'encoder_q.*' and, if there, 'encoder_k.*', 'queue' and 'queue_ptr'.
+
+    Raises:
+        ValueError: no such file, or another layout.
+    """
+    state = read(path)["state_dict"]
+    state = {name.removeprefix("module."): x for name, x in state.items()}
+    if not entries(state, "encoder_q."):
+        raise ValueError(f"{path} is not in MoCo's official layout: it holds no 'module.encoder_q.*'")
+    return state
+
+
+def export(checkpoint: Path, out: Path) -> str:
+    """Write the backbone of a training checkpoint as a torchvision ``state_dict``.
+
+    The classifier ``fc``, which no contrastive method trains, is there for ``load_state_dict``'s sake, all 0.
+
+    Args:
+        checkpoint: written by a run of any method, with one of torchvision's ResNets.
+        out: the file to write.
+
+    Returns:
+        What was written and how to load it.
+
+    Raises:
+        ValueError: not such a checkpoint, or a file that cannot be written.
+    """
+    backbone = entries(read(checkpoint)["state_dict"], "encoder.")
+    small_stem = "conv1.weight" in backbone and backbone["conv1.weight"].shape[-1] == 3
+    for arch in RESNETS:
+        with torch.device("meta"):
+            model = torchvision.models.get_model(arch)
+        full = {**backbone, "fc.weight": torch.zeros(model.fc.weight.shape), "fc.bias": torch.zeros(1000)}
+        if _fits(model.state_dict(), full, small_stem):
+            break
+    else:
+        raise ValueError(f"{checkpoint} holds no encoder of {', '.join(RESNETS)}: nothing to export")
+    try:
+        write_atomically(out, full)
+    except OSError as error:
+        raise ValueError(f"cannot write {out}: {error.strerror}") from error
+    stem, adaptation = "standard stem", ""
+    if small_stem:
+        stem = "3x3 stem for small images"
+        adaptation = (
+            "\n  model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)"
+            "\n  model.maxpool = torch.nn.Identity()"
+        )
+    return (
+        f"wrote {out}: {arch} with the {stem}; load it with\n"
+        f"  model = torchvision.models.{arch}(){adaptation}\n"
+        f"  model.load_state_dict(torch.load({str(out)!r}))"
+    )
+
+
+def _fits(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], small_stem: bool) -> bool:
+    return expected.keys() == state.keys() and all(
+        x.shape == state[name].shape or (small_stem and name == "conv1.weight")
+        for name, x in expected.items()
+    )

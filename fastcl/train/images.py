@@ -1,0 +1,198 @@
+"""Labelled images as the loaders see them: in memory, or read from files by worker processes."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data.distributed import DistributedSampler
+
+_READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+class Problem(NamedTuple):
+    """A file that could not be read, and why."""
+
+    path: Path
+    reason: str
+
+
+class Batch(NamedTuple):
+    """What the datasets hand to the loader."""
+
+    images: Tensor | tuple[Tensor, Tensor] | None  # None: nothing could be read
+    labels: Tensor
+    problems: Sequence[Problem] = ()
+
+
+class TooManyUnreadableError(ValueError):
+    """More image files than a run puts up with could not be read."""
+
+
+@dataclass(eq=False)
+class Unreadable:
+    """The files of a run that could not be read: each is named once, and above ``limit`` the run ends."""
+
+    limit: int
+    paths: set[Path] = field(default_factory=set)
+
+    def report(self, problems: Sequence[Problem]) -> None:
+        """Name new ones on stderr.
+
+        Raises:
+            TooManyUnreadableError: these are more than ``limit``.
+        """
+        for path, reason in problems:
+            if path in self.paths:
+                continue
+            self.paths.add(path)
+            if len(self.paths) > self.limit:
+                raise TooManyUnreadableError(
+                    f"{len(self.paths)} images could not be read, max_unreadable is {self.limit}; "
+                    f"the last: {path}: {reason}"
+                )
+            print(f"skipped {path}: {reason}", file=sys.stderr, flush=True)
+
+
+class MemoryImages(Dataset[Batch]):
+    """Images (N, C, H, W), uint8 or float in [0, 1], and their labels (N,), int64."""
+
+    workers = 0
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """The batch of ``indices``, in one piece."""
+        return Batch(self.images[indices], self.labels[indices])
+
+    def collate(self, batch: Batch) -> Batch:
+        """Nothing is left to do."""
+        return batch
+
+
+class FileImages(Dataset[object]):
+    """Image files, decoded and brought to one size by worker processes.
+
+    Args:
+        paths: of the images.
+        labels: (N,) int64.
+        transform: an RGB image to a uint8 tensor (3, H, W), or to a pair of them.
+        workers: how many processes.
+        limit: how many unreadable files in a row to pass over.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        labels: Tensor,
+        transform: Callable[[Image.Image], object],
+        *,
+        workers: int,
+        limit: int,
+    ) -> None:
+        self.paths = paths
+        self.labels = labels
+        self.transform = transform
+        self.workers = workers
+        self.limit = limit
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[object, Tensor, list[Problem]]:
+        """The transformed image, or that of the next file that can be read; None after too many."""
+        problems: list[Problem] = []
+        while len(problems) <= self.limit:
+            image = read_image(self.paths[index])
+            if not isinstance(image, Problem):
+                return self.transform(image), self.labels[index], problems
+            problems.append(image)
+            index = (index + 1) % len(self)
+        return None, self.labels[index], problems
+
+    def collate(self, samples: list[tuple[object, Tensor, list[Problem]]]) -> Batch:
+        """The samples as one batch."""
+        images, labels, found = zip(*samples, strict=True)
+        problems = [problem for of_sample in found for problem in of_sample]
+        batch = None if any(image is None for image in images) else default_collate(list(images))
+        return Batch(batch, torch.stack(labels), problems)
+
+
+Images = MemoryImages | FileImages
+
+
+def read_image(path: Path, size: int | None = None) -> Image.Image | Problem:
+    """An RGB image, cropped and scaled to a square if ``size`` is given; or why it cannot be read."""
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except _READ_ERRORS as error:
+        return Problem(path, " ".join(str(error).split()).removesuffix(f" {str(path)!r}"))
+    return image if size is None or image.size == (size, size) else ImageOps.fit(image, (size, size))
+
+
+class Loader:
+    """Batches (images, labels) of a data set: shuffled and whole for training, all in order otherwise.
+
+    The order of an epoch depends on ``seed`` and the epoch only; ranks share its batches.
+
+    Args:
+        images: the data set.
+        batch_size: images per batch, on this rank.
+        unreadable: told of files that could not be read.
+        seed: of the order; None: in order.
+        rank: of this process among ``ranks``.
+        ranks: how many processes share the data set.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        batch_size: int,
+        unreadable: Unreadable,
+        *,
+        seed: int | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        self.sampler: DistributedSampler[Any] | None = None  # Lightning tells it the epoch
+        if seed is not None:
+            self.sampler = DistributedSampler(images, ranks, rank, shuffle=True, seed=seed, drop_last=True)
+        self.batches: DataLoader[Any] = DataLoader(
+            images,
+            batch_size,
+            sampler=self.sampler,
+            drop_last=seed is not None,
+            num_workers=images.workers,
+            collate_fn=images.collate,  # type: ignore[arg-type]
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_ignore_interrupt,
+        )
+        self.unreadable = unreadable
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels, problems in self.batches:
+            self.unreadable.report(problems)
+            yield images, labels
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """An interrupt from the keyboard reaches the workers too, but it is the main process that ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

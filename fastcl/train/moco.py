@@ -1,0 +1,138 @@
+"""MoCo v2, the whole method, and MoCHi on top of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any
+
+from torch import Tensor, nn
+
+import fastcl
+from fastcl.train.batchnorm import encode_shuffled, split_batch_norm
+from fastcl.train.checkpoints import entries
+from fastcl.train.method import Batch, Method, measure_pairs, projection_head
+from fastcl.train.optimizers import Optimization
+
+_DEFAULT = Optimization("sgd", lr=0.03)
+
+
+class MoCo(Method):
+    """MoCo v2: a view must find the key of its other view among a queue of earlier keys.
+
+    He et al. 2020, https://arxiv.org/abs/1911.05722; v2: Chen et al. 2020, https://arxiv.org/abs/2003.04297.
+    Keys come from a slowly following copy of the encoder. Its batch normalization must not tell which
+    key belongs to which query: keys are shuffled over the processes; a single process normalizes in
+    ``bn_splits`` parts instead, as so many devices would.
+
+    Args:
+        encoder: images to features (N, features); what is kept after training.
+        features: width of the encoder's output.
+        augment: a batch of images to a batch of random views of them; called once per view.
+        dim: width of the projection, on which the loss is computed.
+        temperature: of the loss.
+        queue_size: how many keys the queue holds.
+        momentum: of the key encoder.
+        bn_splits: parts of the batch for batch normalization; 1: the encoder's own.
+        optimization: the optimizer and its schedule.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        features: int,
+        augment: Callable[[Tensor], Tensor],
+        *,
+        dim: int = 128,
+        temperature: float = 0.2,
+        queue_size: int = 65536,
+        momentum: float = 0.999,
+        bn_splits: int = 8,
+        optimization: Optimization = _DEFAULT,
+    ) -> None:
+        super().__init__(encoder, augment, temperature=temperature, optimization=optimization)
+        if bn_splits > 1:
+            split_batch_norm(encoder, bn_splits)
+        self.projector = projection_head(features, dim, batch_norm=False)
+        self.key_encoder = deepcopy(self.query_encoder).requires_grad_(False)
+        self.queue = fastcl.NegativeQueue(queue_size, dim)
+        self.momentum = momentum
+
+    @property
+    def query_encoder(self) -> nn.Sequential:
+        """Encoder and projector, which the key encoder follows."""
+        return nn.Sequential(self.encoder, self.projector)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        view1, view2, *_ = batch
+        query = self.projector(self.encoder(view1))
+        fastcl.momentum_update_(self.key_encoder, self.query_encoder, self.momentum)
+        key = encode_shuffled(self.key_encoder, view2, seed=self.global_step)
+        with self.timed("loss"):
+            loss = self.loss(query, key)
+        self.record(loss, lambda: measure_pairs(query, key, self.queue.keys), batch_idx)
+        self.queue.enqueue(key, group=self.group)
+        return loss
+
+    def loss(self, query: Tensor, key: Tensor) -> Tensor:
+        """Of this rank's queries: the queue is the same on every rank."""
+        return fastcl.info_nce(query, key, self.queue, self.temperature)
+
+    def load_moco(self, state: Mapping[str, Tensor]) -> None:
+        """Take encoders, heads and queue; without a key encoder in the checkpoint it is the query's."""
+        super().load_moco(state)
+        self.projector.load_state_dict(entries(state, "encoder_q.fc."))
+        self.key_encoder.load_state_dict(self.query_encoder.state_dict())
+        if encoder := entries(state, "encoder_k.", without="fc."):
+            self.key_encoder[0].load_state_dict(encoder)
+            self.key_encoder[1].load_state_dict(entries(state, "encoder_k.fc."))
+        if "queue" in state:
+            self.queue.load_moco_state_dict(state)
+
+
+class MoCHi(MoCo):
+    """MoCHi: MoCo v2 with negatives mixed from each query's hardest ones.
+
+    Kalantidis et al. 2020, https://arxiv.org/abs/2010.01028.
+
+    Args:
+        encoder: images to features (N, features); what is kept after training.
+        features: width of the encoder's output.
+        augment: a batch of images to a batch of random views of them; called once per view.
+        n_hard: how many of the queue's most similar keys are mixed from.
+        n_mix: mixtures of two of them, per query.
+        n_query_mix: mixtures of one of them with the query, per query.
+        mix_from_epoch: plain MoCo before this epoch.
+        **moco: the other arguments of :class:`MoCo`.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        features: int,
+        augment: Callable[[Tensor], Tensor],
+        *,
+        n_hard: int = 1024,
+        n_mix: int = 512,
+        n_query_mix: int = 256,
+        mix_from_epoch: int = 10,
+        **moco: Any,
+    ) -> None:
+        super().__init__(encoder, features, augment, **moco)
+        self.n_hard = n_hard
+        self.n_mix = n_mix
+        self.n_query_mix = n_query_mix
+        self.mix_from_epoch = mix_from_epoch
+
+    def loss(self, query: Tensor, key: Tensor) -> Tensor:
+        if self.current_epoch < self.mix_from_epoch:
+            return super().loss(query, key)
+        return fastcl.mochi_loss(
+            query,
+            key,
+            self.queue,
+            temperature=self.temperature,
+            n_hard=self.n_hard,
+            n_mix=self.n_mix,
+            n_query_mix=self.n_query_mix,
+        )

@@ -80,7 +80,7 @@ def check_vector(name: str, x: Tensor, like: Tensor) -> None:
 def scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     """``value`` as a 0-d tensor beside ``like``: float64, or float32 beside GPU float inputs.
 
-    A number must be finite; a 0-d tensor is never read.
+    A number must be finite; a 0-d tensor is never read, and an infinite one becomes NaN.
     """
     wide = like.device.type == "cpu" or like.dtype == torch.float64
     dtype = torch.float64 if wide else torch.float32
@@ -91,18 +91,22 @@ def scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
             raise TypeError(f"{name} must be a floating tensor, got {value.dtype}")
         if value.device != like.device and value.device.type != "cpu":
             raise ValueError(f"{name} must be on {like.device} or the CPU, got {value.device}")
-        return value.to(device=like.device, dtype=dtype, non_blocking=True)
+        return _nan_unless_finite(value.to(device=like.device, dtype=dtype, non_blocking=True))
     return torch.full((), _finite(name, value), dtype=dtype, device=like.device)
 
 
 def inverse_scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
-    """``1 / value`` as :func:`scalar` gives it; a number must not be zero."""
+    """``1 / value`` as :func:`scalar` gives it; a number must not be zero, and a tensor's zero becomes NaN."""
     if isinstance(value, Tensor):
-        return scalar(name, value, like).reciprocal()
+        return _nan_unless_finite(scalar(name, value, like).reciprocal())
     number = _finite(name, value)
     if number == 0:
         raise ValueError(f"{name} must not be zero, got {value}")
     return scalar(name, 1.0 / number, like)
+
+
+def _nan_unless_finite(x: Tensor) -> Tensor:
+    return torch.nan_to_num(x, nan=math.nan, posinf=math.nan, neginf=math.nan)
 
 
 def _finite(name: str, value: float) -> float:

@@ -162,9 +162,11 @@ def test_merge_wants_equal_rows_and_no_columns():
         fastcl.similarity_stats(Z, Z, columns=True).merge(four)
 
 
-@pytest.mark.parametrize("value", [0.0, math.nan])
-def test_a_tensor_temperature_is_not_read(value, backend):
-    z1, z2 = torch.randn(2, 4, 3)
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("other_view", [1.0, -1.0])
+def test_a_tensor_temperature_is_not_read(value, other_view, backend):
+    z1 = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
+    z2 = other_view * z1
     temperature = torch.tensor(value)
     for loss in (
         fastcl.nt_xent(z1, z2, temperature),

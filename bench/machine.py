@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 from importlib import metadata
 from pathlib import Path
 
@@ -18,14 +19,27 @@ def describe() -> dict[str, object]:
     return {
         "cpu": cpu_model(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu_driver": _gpu_driver() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "kernels": native.describe(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "versions": {
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("fastcl", "torch", *packages)},
+            **{name: _version(name) for name in ("fastcl", "torch", "triton", *packages)},
         },
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu_driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
 
 
 def cpu_model() -> str:

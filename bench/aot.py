@@ -1,0 +1,168 @@
+"""Compiles every Triton kernel for GPUs that need not be here, and reads the machine code.
+
+``python -m bench.aot`` prints a line per kernel and target: registers, spilled bytes, shared memory,
+tensor-core instructions. It fails on a spill, and where a kernel of products has no such instruction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Container, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from bench import kernel_calls
+from fastcl.kernels import launch, tiles
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+_TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|v_s?mfma)")
+
+
+class Row(NamedTuple):
+    """What one kernel became on one target."""
+
+    target: str
+    kernel: str
+    call: str
+    tile: str
+    registers: int
+    spilled: int  # bytes per thread
+    shared: int  # bytes per program
+    tensor_core: int  # instructions in the code
+    needs_tensor_core: bool
+
+    def failed(self) -> bool:
+        """Whether the machine code is not what it must be, or cannot be launched."""
+        too_large = self.shared > _SHARED_LIMIT[self.target]
+        return self.spilled > 0 or too_large or (self.needs_tensor_core and self.tensor_core == 0)
+
+
+def compile_for(target: str, names: Sequence[str], only: Container[str] | None = None) -> list[Row]:
+    """Compile what calls would launch on ``target``, each form once; all kernels or ``only`` those named."""
+    tiles.architecture = lambda device: target
+    launch.input_precision = lambda device: "ieee" if target.startswith("gfx") else "tf32x3"
+    launch.launch = lambda *args, **options: launched.append((*args, options))
+    launch.matmul = lambda a, b: a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
+    launched: list[tuple[Any, ...]] = []
+    device = list(TARGETS).index(target)
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: TARGETS[target],
+            get_current_device=lambda: device,
+            get_current_stream=lambda device: 0,
+        )
+    )
+    rows: dict[Any, Row] = {}
+    for call in (call for call in kernel_calls.calls() if call.name in names):
+        launched.clear()
+        call.run()
+        for kernel, grid, *args, options in launched:
+            form = (kernel.fn.__name__, repr(options), _form(args))
+            if form not in rows and (only is None or kernel.fn.__name__ in only):
+                compiled = kernel.warmup(*args, grid=grid, **options)
+                rows[form] = _row(target, call, kernel, options, compiled)
+    return list(rows.values())
+
+
+def _form(x: Any) -> Any:
+    """What the compiler sees of an argument."""
+    if isinstance(x, (tuple, list)):
+        return tuple(map(_form, x))
+    if isinstance(x, int):
+        return "one" if x == 1 else x % 16 == 0
+    return x.dtype if isinstance(x, torch.Tensor) else type(x)
+
+
+def _row(target: str, call: kernel_calls.Call, kernel: Any, options: dict[str, Any], compiled: Any) -> Row:
+    read = _read_amd if target.startswith("gfx") else _read_nvidia
+    registers, spilled, code = read(compiled.asm)
+    tile = "x".join(str(options[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in options)
+    matrix = "tt.dot" in compiled.asm["ttir"]
+    name = kernel.fn.__name__
+    return Row(
+        target,
+        name,
+        call.name,
+        f"{tile} {options.get('num_warps', 4)}w" if tile else "",
+        registers,
+        spilled,
+        compiled.metadata.shared,
+        len(_TENSOR_CORES.findall(code)),
+        matrix,
+    )
+
+
+def _read_nvidia(asm: Any) -> tuple[int, int, str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = _output("cuobjdump", "-res-usage", file.name)
+        code = _output("nvdisasm", "-c", file.name)
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+    return registers, stack, code
+
+
+def _output(tool: str, *arguments: str) -> str:
+    return subprocess.run([_TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _read_amd(asm: Any) -> tuple[int, int, str]:
+    code = asm["amdgcn"]
+
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", code)[1])  # type: ignore[index]
+
+    return field("vgpr_count"), field("private_segment_fixed_size"), code
+
+
+def table(targets: list[str], calls: list[kernel_calls.Call]) -> Iterator[Row]:
+    """All rows, as they are ready."""
+    with ProcessPoolExecutor(torch.get_num_threads(), get_context("spawn")) as pool:
+        names = [call.name for call in calls]
+        jobs = [pool.submit(compile_for, target, names) for target in targets]
+        for job in jobs:
+            yield from job.result()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__)
+    parser.add_argument("--target", action="append", choices=TARGETS, help="default: all of them")
+    parser.add_argument("-k", default="", metavar="NAME", help="only calls whose name holds this")
+    arguments = parser.parse_args()
+    calls = [call for call in kernel_calls.calls() if arguments.k in call.name]
+    heads = ("target", "kernel", "call", "tile", "regs", "spill", "shared", "mma")
+    print("{:7} {:16} {:34} {:14} {:>4} {:>5} {:>7} {:>4}".format(*heads))
+    failed = 0
+    for row in table(arguments.target or list(TARGETS), calls):
+        failed += row.failed()
+        print(
+            f"{row.target:7} {row.kernel:16} {row.call:34} {row.tile:14} {row.registers:4} {row.spilled:5} "
+            f"{row.shared:7} {row.tensor_core:4}{'  FAILED' if row.failed() else ''}",
+            flush=True,
+        )
+    wrong = f"{failed} kernels spill registers or miss tensor-core instructions"
+    print(wrong if failed else "no spill, and tensor-core instructions wherever there are products")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,13 +1,32 @@
 import os
+import tarfile
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 import fastcl
 from fastcl import testing
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+torch.set_default_device(testing.DEVICE)
+
+settings.register_profile("same cases every run", derandomize=True)
+settings.load_profile("same cases every run")
+
+
+def pytest_configure(config):
+    # NaN and infinity are warned of by the NumPy that interprets Triton's kernels
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -23,3 +42,19 @@ def backend(request):
     """Every backend that serves CPU tensors here, one test each."""
     with fastcl.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def cifar(tmp_path_factory):
+    """A tree of JPEG files: 200 training and 20 test images of each of CIFAR-10's classes."""
+    archive = Path(__file__).parents[2] / "shared" / "data" / "cifar10-jpeg.tar.xz"
+    if not archive.is_file():
+        pytest.skip(f"CIFAR-10 as JPEG files is not at {archive}")
+    folder, kept = tmp_path_factory.mktemp("cifar"), Counter()
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            place = Path(member.name).parent
+            kept[place] += member.isfile()
+            if member.isfile() and kept[place] <= (200 if "train" in place.parts else 20):
+                tar.extract(member, folder, filter="data")
+    return folder

@@ -1,15 +1,19 @@
 # make demo    a real contrastive training run on real images, then fastcl against plain PyTorch
 # make test    the tests
+# make triton  the tests of the Triton kernels through its interpreter, and their machine code for four GPUs
 # make bench   the benchmarks, as a table and a picture under bench/results/
 # make lint    formatting, lint and types
 # make asan    the tests of the native code under AddressSanitizer and UndefinedBehaviorSanitizer
+# make cuda-code  the CUDA kernels' machine code: registers, spills, tensor-core instructions (needs nvcc)
+# make tsan    the CUDA kernels on the host under ThreadSanitizer, then under the other two
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
+BUILD := $(if $(shell command -v nvcc),cuda,cpu)
+NATIVE := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: demo test bench lint format asan clean
+.PHONY: demo test triton bench lint format asan tsan cuda-code clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastcl train simclr --data digits --out runs/digits
@@ -17,6 +21,11 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto tests
+
+TRITON_TESTS = stats losses degenerate topk queue mochi ops triton
+triton: $(VENV)/.installed
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(TRITON_TESTS:%=tests/test_%.py)
+	$(BIN)/python -W ignore -m bench.aot -k "bfloat16 D=128"
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench.run
@@ -33,14 +42,27 @@ format: $(VENV)/.installed
 	$(BIN)/clang-format -i $(NATIVE)
 
 # the sanitized extension takes the place of the usual one only while its tests run
-REBUILD = FASTCL_BUILD=cpu $(BIN)/python setup.py -q build_ext --inplace --force
+REBUILD = $(BIN)/python setup.py -q build_ext --inplace --force
 SANITIZERS = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
 asan: $(VENV)/.installed
-	FASTCL_SANITIZE=1 $(REBUILD)
+	FASTCL_BUILD=cpu FASTCL_SANITIZE=1 $(REBUILD)
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  $(BIN)/python -m pytest -p no:cacheprovider -k "(cpu or isa) and not compile and not memory" \
 	  tests/test_isa.py tests/test_stats.py tests/test_topk.py tests/test_losses.py tests/test_degenerate.py \
-	  tests/test_queue.py tests/test_mochi.py; status=$$?; $(REBUILD); exit $$status
+	  tests/test_queue.py tests/test_mochi.py; status=$$?; FASTCL_BUILD=$(BUILD) $(REBUILD); exit $$status
+
+HOST_TEST = g++ -std=c++20 -O1 -g -Wall -Icsrc \
+  -I$(shell $(BIN)/python -c "from torch.utils.cpp_extension import include_paths as p; print(p()[0])") \
+  csrc/cuda/host_test.cpp -pthread
+tsan: $(VENV)/.installed
+	mkdir -p build
+	$(HOST_TEST) -fsanitize=thread -o build/host_test_tsan
+	setarch --addr-no-randomize build/host_test_tsan
+	$(HOST_TEST) -fsanitize=address,undefined -fno-sanitize-recover=all -o build/host_test_asan
+	build/host_test_asan
+
+cuda-code: $(VENV)/.installed
+	$(BIN)/python -m bench.cuda_code
 
 clean:
 	rm -rf $(VENV) build *.egg-info fastcl/*.so
@@ -53,5 +75,5 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
-	FASTCL_BUILD=cpu $(BIN)/pip install --quiet --no-build-isolation '$(TORCH)' -e '.[train,bench,test,lint]'
+	FASTCL_BUILD=$(BUILD) $(BIN)/pip install --quiet --no-build-isolation '$(TORCH)' -e '.[train,bench,test,lint]'
 	touch $@

@@ -82,27 +82,34 @@ def scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
 
     A number must be finite; a 0-d tensor is never read, and an infinite one becomes NaN.
     """
-    wide = like.device.type == "cpu" or like.dtype == torch.float64
-    dtype = torch.float64 if wide else torch.float32
     if isinstance(value, Tensor):
-        if value.dim() != 0:
-            raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
-        if not value.is_floating_point():
-            raise TypeError(f"{name} must be a floating tensor, got {value.dtype}")
-        if value.device != like.device and value.device.type != "cpu":
-            raise ValueError(f"{name} must be on {like.device} or the CPU, got {value.device}")
-        return _nan_unless_finite(value.to(device=like.device, dtype=dtype, non_blocking=True))
-    return torch.full((), _finite(name, value), dtype=dtype, device=like.device)
+        return _nan_unless_finite(_beside(name, value, like))
+    return torch.full((), _finite(name, value), dtype=_scalar_dtype(like), device=like.device)
 
 
 def inverse_scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
-    """``1 / value`` as :func:`scalar` gives it; a number must not be zero, and a tensor's zero becomes NaN."""
+    """``1 / value`` as :func:`scalar` gives it; a number must not be zero, a tensor's zero becomes NaN."""
     if isinstance(value, Tensor):
-        return _nan_unless_finite(scalar(name, value, like).reciprocal())
+        return _nan_unless_finite(_beside(name, value, like).reciprocal())
     number = _finite(name, value)
     if number == 0:
         raise ValueError(f"{name} must not be zero, got {value}")
     return scalar(name, 1.0 / number, like)
+
+
+def _beside(name: str, value: Tensor, like: Tensor) -> Tensor:
+    if value.dim() != 0:
+        raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating tensor, got {value.dtype}")
+    if value.device != like.device and value.device.type != "cpu":
+        raise ValueError(f"{name} must be on {like.device} or the CPU, got {value.device}")
+    return value.to(device=like.device, dtype=_scalar_dtype(like), non_blocking=True)
+
+
+def _scalar_dtype(like: Tensor) -> torch.dtype:
+    wide = like.device.type == "cpu" or like.dtype == torch.float64
+    return torch.float64 if wide else torch.float32
 
 
 def _nan_unless_finite(x: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ def test_merge_wants_equal_rows_and_no_columns():
         fastcl.similarity_stats(Z, Z, columns=True).merge(four)
 
 
-@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("value", [0.0, math.nan])
 @pytest.mark.parametrize("other_view", [1.0, -1.0])
 def test_a_tensor_temperature_is_not_read(value, other_view, backend):
     z1 = torch.tensor([[1.0, 0.0], [0.8, 0.6]])

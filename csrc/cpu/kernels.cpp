@@ -334,6 +334,29 @@ void pair_weights(Tile<T> tile, Tile<T> positive, const typename Kernels<T>::Pai
 }
 
 template <class T>
+void lane_quantile(Tile<T> tile, int64_t rank, T* value) {
+  constexpr int kHalvings = 12;  // of the range; few enough that equal rows stay above the result
+  for (int64_t offset = 0; offset < tile.lanes; offset += kLanes<T>) {
+    Vec<T> low = load(tile.s + offset), high = low;
+    for (int64_t r = 1; r < tile.rows; r++) {
+      const Vec<T> s = load(tile.row(r) + offset);
+      low = minimum(low, s);
+      high = maximum(high, s);
+    }
+    low -= (high - low) + T(1e-3) * maximum(high, -high);
+    for (int halving = 0; halving < kHalvings; halving++) {
+      const Vec<T> middle = T(0.5) * (low + high);
+      Vec<T> above = {};
+      for (int64_t r = 0; r < tile.rows; r++)
+        above += load(tile.row(r) + offset) > middle ? splat(T(1)) : Vec<T>{};
+      low = above >= static_cast<T>(rank) ? middle : low;
+      high = above >= static_cast<T>(rank) ? high : middle;
+    }
+    for (int64_t i = 0; i < kLanes<T> && offset + i < tile.lanes; i++) value[offset + i] = low[i];
+  }
+}
+
+template <class T>
 int64_t select_above(Tile<T> tile, const T* threshold, Selected<T> selected) {
   int64_t count = 0;
   for (int64_t r = 0; r < tile.rows; r++) {
@@ -354,10 +377,10 @@ int64_t select_above(Tile<T> tile, const T* threshold, Selected<T> selected) {
 
 template <class T>
 constexpr Kernels<T> kTable = {
-    kLanes<T>,       kPanel<T>,       load_rows<T>,    dot<T>,          add_scaled<T>,
-    pack_lanes<T>,   logits<T>,       add_to_lanes<T>, add_to_rows<T>,  exclude<T>,
-    split<T>,        lane_max<T>,     lane_log_sum<T>, both_log_sum<T>, exponentiate<T>,
-    lane_weights<T>, both_weights<T>, pair_weights<T>, select_above<T>,
+    kLanes<T>,       kPanel<T>,       load_rows<T>,    dot<T>,           add_scaled<T>,
+    pack_lanes<T>,   logits<T>,       add_to_lanes<T>, add_to_rows<T>,   exclude<T>,
+    split<T>,        lane_max<T>,     lane_log_sum<T>, both_log_sum<T>,  exponentiate<T>,
+    lane_weights<T>, both_weights<T>, pair_weights<T>, lane_quantile<T>, select_above<T>,
 };
 
 }  // namespace

@@ -98,6 +98,8 @@ struct Kernels {
   };
   void (*pair_weights)(Tile<T> tile, Tile<T> positive, const PairWeight* lane, const PairWeight* row);
 
+  // A value per lane, near its quantile, that at least `rank` of its rows lie above.
+  void (*lane_quantile)(Tile<T> tile, int64_t rank, T* value);
   // Lists the pairs whose logit is above the threshold of their lane (NaN counts as above).
   int64_t (*select_above)(Tile<T> tile, const T* threshold, Selected<T> selected);
 };

@@ -19,6 +19,7 @@ class Mixer {
     squared_ = weight_ + args.n_hard;
     logit_ = squared_ + args.n_hard;
     inverse_ = logit_ + count_;
+    drawn_ = scratch.take<int64_t>(kPackedSlot, args.n_hard + 1);
   }
 
   // Log-sum-exp of the synthetic logits of query i, merged into (max, sum).
@@ -28,7 +29,10 @@ class Mixer {
     alpha_ = args_.alpha + i * args_.n_mix;
     partner_ = args_.partner + i * args_.n_query_mix;
     beta_ = args_.beta + i * args_.n_query_mix;
-    for (int64_t r = 0; r < args_.n_hard; r++) {
+    find_drawn();
+    for (int64_t n = 0; n < drawn_count_; n++) {
+      if (n + kAhead < drawn_count_) prefetch(index[drawn_[n + kAhead]]);
+      const int64_t r = drawn_[n];
       k_.load_rows(hard_ + r * stride_, stride_, keys_.source(index[r]), keys_.dtype, keys_.stride, 1,
                    keys_.width, nullptr);
       squared_[r] = k_.dot(hard_ + r * stride_, hard_ + r * stride_, stride_);
@@ -65,12 +69,33 @@ class Mixer {
       on_query += w * beta_[h];
       weight_[partner_[h]] += w * (1 - beta_[h]);
     }
-    for (int64_t r = 0; r < args_.n_hard; r++)
-      if (weight_[r] != 0) k_.add_scaled(out, hard_ + r * stride_, weight_[r], stride_);
+    for (int64_t n = 0; n < drawn_count_; n++)
+      k_.add_scaled(out, hard_ + drawn_[n] * stride_, weight_[drawn_[n]], stride_);
     k_.add_scaled(out, query, on_query, stride_);
   }
 
  private:
+  static constexpr int64_t kAhead = 6, kCacheLine = 64;
+
+  // The ranks that some mix uses.
+  void find_drawn() {
+    std::fill_n(weight_, args_.n_hard, T(0));
+    for (int64_t h = 0; h < args_.n_mix; h++) weight_[first_[h]] = weight_[second_[h]] = 1;
+    for (int64_t h = 0; h < args_.n_query_mix; h++) weight_[partner_[h]] = 1;
+    drawn_count_ = 0;
+    for (int64_t r = 0; r < args_.n_hard; r++) {
+      drawn_[drawn_count_] = r;
+      drawn_count_ += weight_[r] != 0;
+    }
+  }
+
+  // The hard keys lie anywhere in the queue.
+  void prefetch(int64_t key) const {
+    const char *row = static_cast<const char*>(keys_.source(key)),
+               *end = static_cast<const char*>(keys_.source(key)) + keys_.row_bytes();
+    for (; row < end; row += kCacheLine) __builtin_prefetch(row);
+  }
+
   // The mix w u + (1 - w) v, given the similarities of u and v to the query and their products.
   void set(int64_t h, T w, T u_similarity, T u_squared, T v_similarity, T v_squared, T product, T scale2) {
     const T squared = w * w * u_squared + (1 - w) * (1 - w) * v_squared + 2 * w * (1 - w) * product;
@@ -86,6 +111,8 @@ class Mixer {
   const int64_t *first_, *second_, *partner_;
   const T *alpha_, *beta_;
   T *hard_, *weight_, *squared_, *logit_, *inverse_;
+  int64_t* drawn_;
+  int64_t drawn_count_;
 };
 
 }  // namespace

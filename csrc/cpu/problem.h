@@ -28,9 +28,13 @@ struct Rows {
   bool direct = false;
 
   const T* row(int64_t i) const { return static_cast<const T*>(data) + i * stride; }
-  const void* source(int64_t i) const {
+  int64_t element_bytes() const {
     static constexpr int64_t kSize[] = {8, 4, 2, 2};
-    return static_cast<const char*>(data) + i * stride * kSize[static_cast<int>(dtype)];
+    return kSize[static_cast<int>(dtype)];
+  }
+  int64_t row_bytes() const { return width * element_bytes(); }
+  const void* source(int64_t i) const {
+    return static_cast<const char*>(data) + i * stride * element_bytes();
   }
 
   // `rows` rows from `first` as T; out_stride receives their stride.

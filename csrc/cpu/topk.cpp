@@ -1,13 +1,18 @@
 #include "cpu/topk.h"
 
 #include <algorithm>
+#include <bit>
+#include <limits>
 
 namespace fastcl {
 
 namespace {
 
 constexpr int64_t kKeyRows = 96;
-constexpr int64_t kSampleStride = 16;  // one key in so many estimates the threshold
+constexpr int64_t kSampleStride = 16;  // at least one key in so many estimates the threshold
+constexpr int64_t kMaxSample =
+    16384;  // the similarities of a block of queries to them should stay in the cache
+constexpr int64_t kSampleLanes = 32;
 
 int64_t parts_for(int64_t queries, int64_t keys) {
   return ceil_div(queries, kMaxBlock) >= 8 ? 1 : std::clamp<int64_t>(ceil_div(keys, 8 * kKeyRows), 1, 8);
@@ -37,7 +42,43 @@ void scan(const Problem<T>& problem, int64_t parts, Selector<T>& selector) {
   });
 }
 
+// For each query a value that `rank` of `sampled` evenly chosen keys lie above.
+template <class T>
+void estimate_thresholds(const Problem<T>& problem, int64_t sampled, int64_t rank, T* thresholds) {
+  Rows<T> key = problem.key;
+  key.stride *= key.count / sampled;
+  for_each_range(problem.query.count, kSampleLanes, [&](int64_t begin, int64_t end, Scratch& scratch) {
+    const Kernels<T>& k = kernels<T>();
+    Tile<T> all{scratch.take<T>(kTileSlot, sampled * kSampleLanes), kSampleLanes, sampled, end - begin};
+    T* packed = scratch.take<T>(kPackedSlot, kSampleLanes * problem.query.width);
+    k.pack_lanes(packed, problem.query.row(begin), problem.query.stride, all.lanes, problem.query.width,
+                 problem.scale2);
+    for (int64_t first = 0; first < sampled; first += kKeyRows) {
+      const Tile<T> tile{all.row(first), kSampleLanes, std::min(kKeyRows, sampled - first), all.lanes};
+      int64_t key_stride;
+      const T* rows = key.tile(first, tile.rows, kKeySlot, scratch, &key_stride);
+      k.logits(tile, rows, key_stride, packed, problem.query.width, nullptr);
+    }
+    k.lane_quantile(all, rank, thresholds + begin);
+  });
+}
+
 }  // namespace
+
+template <class T>
+Order<T> order_of(T value) {
+  if (std::isnan(value)) return 0;
+  const auto bits = std::bit_cast<Order<T>>(value + T(0));  // one zero only
+  constexpr Order<T> kSign = ~(std::numeric_limits<Order<T>>::max() >> 1);
+  return bits & kSign ? bits : ~kSign - bits;
+}
+
+template <class T>
+T value_of(Order<T> order) {
+  constexpr Order<T> kSign = ~(std::numeric_limits<Order<T>>::max() >> 1);
+  if (order == 0) return std::numeric_limits<T>::quiet_NaN();
+  return std::bit_cast<T>(order & kSign ? order : ~kSign - order);
+}
 
 template <class T>
 Selector<T>::Selector(const Problem<T>& problem, int64_t k, int64_t parts, bool estimate)
@@ -47,42 +88,43 @@ Selector<T>::Selector(const Problem<T>& problem, int64_t k, int64_t parts, bool 
       stride_(round_up(queries_, kLaneUnit)),
       threshold_(allocate_filled<T>(parts * stride_, excluded_logit<T>)),
       candidates_(parts * queries_) {
-  const int64_t keys = problem.key.count, sampled = keys / kSampleStride;
-  const double expected = static_cast<double>(k) / kSampleStride;
+  const int64_t keys = problem.key.count, sampled = std::min(keys / kSampleStride, kMaxSample);
+  const double expected = static_cast<double>(k) * sampled / std::max<int64_t>(keys, 1);
   const int64_t rank = static_cast<int64_t>(expected + 4 * std::sqrt(expected) + 4);
   if (!estimate || keys < 64 * kSampleStride || 2 * rank > sampled) return;
   estimated_ = true;
-  Problem<T> sample;
-  sample.query = problem.query;
-  sample.key = problem.key;
-  sample.key.stride *= kSampleStride;
-  sample.key.count = sampled;
-  sample.scale2 = problem.scale2;
-  Selector<T> selector(sample, rank, parts_for(queries_, sampled), false);
-  scan(sample, selector.parts_, selector);
-  const Buffer<T> values = allocate<T>(queries_ * rank);
-  const Buffer<int64_t> indices = allocate<int64_t>(queries_ * rank);
-  selector.write(1, values.get(), indices.get());
-  for (int64_t part = 0; part < parts; part++)
-    for (int64_t i = 0; i < queries_; i++)
-      threshold_[part * stride_ + i] = std::max(threshold_[part * stride_ + i], values[(i + 1) * rank - 1]);
-}
-
-// NaN sorts first, as in torch.topk.
-template <class T>
-bool Selector<T>::before(const Candidate& a, const Candidate& b) {
-  if (a.value > b.value || a.value < b.value) return a.value > b.value;
-  const bool a_nan = std::isnan(a.value), b_nan = std::isnan(b.value);
-  return a_nan == b_nan ? a.index < b.index : a_nan;
+  estimate_thresholds(problem, sampled, rank, threshold_.get());
+  for (int64_t part = 1; part < parts; part++)
+    std::copy_n(threshold_.get(), queries_, threshold_.get() + part * stride_);
 }
 
 // Keeps the best k; later keys must be above the worst of them (an equal one has a higher index).
 template <class T>
 void Selector<T>::shrink(std::vector<Candidate>& candidates, T* threshold) const {
-  if (static_cast<int64_t>(candidates.size()) <= k_) return;
-  std::nth_element(candidates.begin(), candidates.begin() + k_ - 1, candidates.end(), before);
-  candidates.resize(k_);
-  *threshold = candidates[k_ - 1].value;
+  std::vector<Order<T>> orders;
+  orders.reserve(candidates.size());
+  for (const Candidate& candidate : candidates) orders.push_back(candidate.order);
+  std::nth_element(orders.begin(), orders.begin() + k_ - 1, orders.end());
+  const Order<T> last = orders[k_ - 1];
+  int64_t equal = k_ - std::count_if(orders.begin(), orders.begin() + k_, [&](auto o) { return o < last; });
+  std::erase_if(candidates, [&](const Candidate& candidate) {
+    return candidate.order > last || (candidate.order == last && equal-- <= 0);
+  });
+  *threshold = value_of<T>(last);
+}
+
+// Byte by byte from the lowest: stable, so that of equal values the lower index stays first.
+template <class T>
+void Selector<T>::sort(std::vector<Candidate>& candidates, std::vector<Candidate>& spare) {
+  spare.resize(candidates.size());
+  for (size_t byte = 0; byte < sizeof(T); byte++) {
+    size_t place[257] = {};
+    auto digit = [&](const Candidate& candidate) { return candidate.order >> (8 * byte) & 255; };
+    for (const Candidate& candidate : candidates) place[digit(candidate) + 1]++;
+    for (int i = 0; i < 256; i++) place[i + 1] += place[i];
+    for (const Candidate& candidate : candidates) spare[place[digit(candidate)]++] = candidate;
+    candidates.swap(spare);
+  }
 }
 
 template <class T>
@@ -95,7 +137,7 @@ void Selector<T>::offer(Tile<T> tile, int64_t query_begin, int64_t part, int64_t
   for (int64_t n = 0; n < count; n++) {
     const int32_t lane = selected.place[2 * n + 1];
     std::vector<Candidate>& candidates = candidates_[part * queries_ + query_begin + lane];
-    candidates.push_back({selected.value[n], key_begin + selected.place[2 * n]});
+    candidates.push_back({order_of(selected.value[n]), key_begin + selected.place[2 * n]});
     if (static_cast<int64_t>(candidates.size()) >= 2 * k_ + kMaxBlock) shrink(candidates, threshold + lane);
   }
 }
@@ -113,19 +155,17 @@ bool Selector<T>::complete() const {
 template <class T>
 void Selector<T>::write(T unit, T* values, int64_t* indices) {
   for_each_range(queries_, 8, [&](int64_t begin, int64_t end, Scratch&) {
-    std::vector<Candidate> all;
+    std::vector<Candidate> all, spare;
     for (int64_t i = begin; i < end; i++) {
       all.clear();
       for (int64_t part = 0; part < parts_; part++) {
         const auto& some = candidates_[part * queries_ + i];
         all.insert(all.end(), some.begin(), some.end());
       }
-      T unused;
-      shrink(all, &unused);
-      std::sort(all.begin(), all.end(), before);
+      sort(all, spare);
       const int64_t found = all.size();
       for (int64_t n = 0; n < k_; n++) {
-        values[i * k_ + n] = n < found ? all[n].value / unit : -INFINITY;
+        values[i * k_ + n] = n < found ? value_of<T>(all[n].order) / unit : -INFINITY;
         indices[i * k_ + n] = n < found ? all[n].index : -1;
       }
     }

@@ -1,15 +1,24 @@
 // The k most similar keys of each query, streaming.
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
 #include "cpu/problem.h"
 
 namespace fastcl {
 
-// Collects each query's best k logits from tiles, in any order of tiles within a part. Keys below a
-// threshold are dropped at once: where k is small against the keys, a first one is estimated from a
-// sample of them, so that little more than k candidates per query are ever kept.
+// A value as an unsigned number, in descending order of values; NaN comes first, as in torch.topk.
+template <class T>
+using Order = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+template <class T>
+Order<T> order_of(T value);
+template <class T>
+T value_of(Order<T> order);
+
+// Collects each query's best k logits from tiles. Keys below a threshold are dropped at once: where k is
+// small against the keys, a first one is estimated from a sample of them, so that little more than k
+// candidates per query are ever kept.
 template <class T>
 class Selector {
  public:
@@ -24,12 +33,13 @@ class Selector {
   void write(T unit, T* values, int64_t* indices);
 
  private:
+  // In a part's candidates the indices ascend.
   struct Candidate {
-    T value;
+    Order<T> order;
     int64_t index;
   };
-  static bool before(const Candidate& a, const Candidate& b);
   void shrink(std::vector<Candidate>& candidates, T* threshold) const;
+  static void sort(std::vector<Candidate>& candidates, std::vector<Candidate>& spare);
 
   int64_t queries_, k_, parts_, stride_;
   bool estimated_ = false;

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastcl import native
 from fastcl.one_positive import OnePositive
+from fastcl.sup_con import SupCon
 
 if TYPE_CHECKING:
     from fastcl.dispatch import Request
@@ -35,27 +36,28 @@ def unsupported_reasons(request: Request) -> list[str]:
     """What keeps the kernels from serving ``request``."""
     loss = request.loss
     if not request.enqueue and (loss is None or loss.reduction == "none"):
-        return ["it serves losses with one positive per row only, reduced to their mean or sum"]
+        return ["it serves whole losses only, reduced to their mean or sum"]
     reasons = []
     if request.device.type != "cuda":
         reasons.append(f"inputs are on {request.device}, it takes CUDA tensors")
     if request.dtype == torch.float64:
         reasons.append("it takes float32, float16 and bfloat16, not float64")
-    if loss is not None and loss.negatives is not None and loss.negatives.dtype != request.dtype:
-        reasons.append(f"the negatives are {loss.negatives.dtype}, the queries {request.dtype}")
+    if request.dense_mask:
+        reasons.append("a dense mask is served by 'chunked' only")
+    negatives = loss.negatives if isinstance(loss, OnePositive) else None
+    if negatives is not None and negatives.dtype != request.dtype:
+        reasons.append(f"the negatives are {negatives.dtype}, the queries {request.dtype}")
     if not reasons:
         reasons += _beyond_the_device(loss, request.device.index or 0)
     return reasons
 
 
-def _beyond_the_device(loss: OnePositive | None, device: int) -> list[str]:
+def _beyond_the_device(loss: OnePositive | SupCon | None, device: int) -> list[str]:
     blocks, shared_bytes, missing = _limits(device)
     if missing:
         return [missing]
-    if loss is not None:
-        samples, negatives = loss.query.shape[0], 0 if loss.negatives is None else loss.negatives.shape[0]
-        if not fits(loss.layout, samples, negatives, blocks, shared_bytes):
-            return [f"the similarity matrix of {samples} samples does not fit on the GPU's chip"]
+    if loss is not None and not fits(loss, blocks, shared_bytes):
+        return [f"the similarity matrix of {loss.query.shape[0]} queries does not fit on the GPU's chip"]
     return []
 
 
@@ -66,9 +68,16 @@ def enqueue(
     torch.ops.fastcl_native.enqueue(keys, ids, pointer, new_keys, new_ids)
 
 
-def fits(layout: int, samples: int, negatives: int, blocks: int, shared_bytes: int) -> bool:
-    """Whether ``blocks`` of ``shared_bytes`` each hold the similarity matrix of such a loss."""
-    fit: bool = torch.ops.fastcl_native.one_launch_fits(layout, samples, negatives, blocks, shared_bytes)
+def fits(loss: OnePositive | SupCon, blocks: int, shared_bytes: int) -> bool:
+    """Whether ``blocks`` of ``shared_bytes`` each hold the similarity matrix of ``loss``."""
+    count, device = loss.query.shape[0], (loss.query.element_size(), blocks, shared_bytes)
+    fit: bool
+    if isinstance(loss, OnePositive):
+        negatives = 0 if loss.negatives is None else loss.negatives.shape[0]
+        fit = torch.ops.fastcl_native.one_positive_fits(loss.layout, count, negatives, *device)
+    else:
+        keys = None if loss.key is None else loss.key.shape[0]
+        fit = torch.ops.fastcl_native.sup_con_fits(count, keys, *device)
     return fit
 
 

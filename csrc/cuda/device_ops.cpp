@@ -45,18 +45,36 @@ const Device& usable_device(int index, const char* kernel) {
   return limits.device;
 }
 
-auto one_positive(Tensor query, Tensor positive, OptionalTensor negatives, Tensor scale,
-                  OptionalTensor query_ids, OptionalTensor negative_ids, int64_t layout, bool normalize,
-                  bool normalize_negatives, bool mean, int64_t needs) {
+// run(target, launch) on the current stream of the query's device.
+template <class Run>
+void run_on_device(const Tensor& query, const Tensor& scale, const Tensor& scale_gradient, const Run& run) {
   const int device = query.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float, "one_launch: scale must be float32");
+  run(Target{usable_device(device, "one_launch"), static_cast<const float*>(scale.const_data_ptr()),
+             out_of<float>(scale_gradient)},
+      [=](const auto& args, const auto& loss) { launch_loss(args, loss, current_stream(device)); });
+}
+
+auto one_positive(Tensor query, Tensor positive, OptionalTensor negatives, Tensor scale,
+                  OptionalTensor query_ids, OptionalTensor negative_ids, int64_t layout, bool normalize,
+                  bool normalize_negatives, bool mean, int64_t needs) {
   const LossOutputs outputs(query, positive, negatives, scale, ScalarType::Float, needs);
-  run_one_launch({query, positive, negatives, query_ids, negative_ids, static_cast<Layout>(layout), normalize,
-                  normalize_negatives, mean},
-                 outputs, usable_device(device, "one_launch"),
-                 static_cast<const float*>(scale.const_data_ptr()), out_of<float>(outputs.scale),
-                 [=](const auto& args) { launch_one_positive(args, current_stream(device)); });
+  run_on_device(query, scale, outputs.scale, [&](const Target& target, const auto& launch) {
+    run_one_positive({query, positive, negatives, query_ids, negative_ids, static_cast<Layout>(layout),
+                      normalize, normalize_negatives, mean},
+                     outputs, target, launch);
+  });
+  return outputs.all();
+}
+
+auto sup_con(Tensor query, OptionalTensor key, Tensor scale, Tensor query_labels, OptionalTensor key_labels,
+             bool normalize, bool log_of_mean, bool mean, int64_t needs) {
+  const SupConOutputs outputs(query, key, scale, needs);
+  run_on_device(query, scale, outputs.scale, [&](const Target& target, const auto& launch) {
+    run_sup_con({query, key, query_labels, key_labels, normalize, log_of_mean, mean}, outputs, target,
+                launch);
+  });
   return outputs.all();
 }
 
@@ -82,5 +100,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CompositeExplicitAutograd, m) {
   m.impl("cuda_limits", TORCH_BOX(&fastcl::cuda_limits));
 }
 STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CUDA, m) { m.impl("enqueue", TORCH_BOX(&fastcl::enqueue)); }
-// the schema is in Python
-STABLE_TORCH_LIBRARY_IMPL(fastcl, CUDA, m) { m.impl("one_positive", TORCH_BOX(&fastcl::one_positive)); }
+// their schemas are in Python
+STABLE_TORCH_LIBRARY_IMPL(fastcl, CUDA, m) {
+  m.impl("one_positive", TORCH_BOX(&fastcl::one_positive));
+  m.impl("sup_con", TORCH_BOX(&fastcl::sup_con));
+}

@@ -40,7 +40,12 @@ KERNELS = {
         for cells in {rows: None, "float32": None}
         for loss in ("OnePositiveLoss", "SupConLoss")
     },
-    **{f"enqueue<{rows}, {keys}>": None for rows in TYPES.values() for keys in TYPES.values()},
+    **{
+        f"{kernel}<{rows}, {keys}>": None
+        for kernel in ("enqueue", "mix_negatives")
+        for rows in TYPES.values()
+        for keys in TYPES.values()
+    },
 }
 # blocks that live at once, bytes of shared memory of each
 DEVICES = {"A100": (108, 163 << 10), "H100, H200": (132, 227 << 10)}

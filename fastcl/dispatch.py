@@ -16,6 +16,7 @@ from torch import Tensor
 from fastcl import cuda, native
 from fastcl.checks import check_choice
 from fastcl.one_positive import OnePositive
+from fastcl.problem import Mochi
 from fastcl.sup_con import SupCon
 
 WholeLoss = OnePositive | SupCon
@@ -30,6 +31,7 @@ class Request:
     dense_mask: bool = False
     loss: WholeLoss | None = None  # where a loss is asked for that a backend may compute as a whole
     enqueue: bool = False  # where a queue's step is
+    mochi: Mochi | None = None  # where MoCHi's loss is
 
     @classmethod
     def of_loss(cls, args: WholeLoss) -> Request:
@@ -39,6 +41,10 @@ class Request:
     @classmethod
     def of_enqueue(cls, x: Tensor) -> Request:
         return cls(x.device, x.dtype, enqueue=True)
+
+    @classmethod
+    def of_mochi(cls, args: Mochi) -> Request:
+        return cls(args.query.device, args.query.dtype, mochi=args)
 
     @classmethod
     def of(cls, x: Tensor, dense_mask: bool = False) -> Request:

@@ -1,15 +1,12 @@
 """The CUDA kernels, run on the host: the same source, a thread per warp, held to the same budgets."""
 
-import warnings
-from dataclasses import replace
-
 import pytest
 import torch
 from loss_table import LOSSES, check
 from torch.library import opcheck
 
 import fastcl
-from fastcl import cuda, dispatch, native, testing
+from fastcl import cuda, native, testing
 from fastcl.one_positive import BATCH, VIEWS, OnePositive
 from fastcl.sup_con import SupCon
 
@@ -20,42 +17,9 @@ pytestmark = pytest.mark.skipif(
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NAMES = ("nt_xent", "info_nce", "info_nce-negatives", "clip_loss", "clip_loss-unnormalized")
 NAMES += tuple(name for name in LOSSES if name.startswith("sup_con"))
-ROOMY = 1 << 30  # bytes of shared memory
 
 every_loss = pytest.mark.parametrize("name", NAMES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-class Grid:
-    """What the kernels are given: how many blocks may live at once, and their shared memory."""
-
-    def __init__(self):
-        self.blocks, self.shared_bytes = 6, ROOMY
-
-    def one_positive(self, *arguments):
-        return torch.ops.fastcl_native.host_one_positive(*arguments, self.blocks, self.shared_bytes)
-
-    def sup_con(self, *arguments):
-        return torch.ops.fastcl_native.host_sup_con(*arguments, self.blocks, self.shared_bytes)
-
-    def enqueue(self, *arguments):
-        torch.ops.fastcl_native.host_enqueue(*arguments[:5], self.blocks)
-
-
-@pytest.fixture
-def grid(monkeypatch):
-    """Puts the CUDA kernels in the place of the CPU's, under the public API."""
-    grid, library = Grid(), torch.library.Library("fastcl", "IMPL")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that a kernel is overridden
-        library.impl("one_positive", grid.one_positive, "CPU", allow_override=True)
-        library.impl("sup_con", grid.sup_con, "CPU")
-        library.impl("enqueue", grid.enqueue, "CPU")
-    serves_all = replace(dispatch._BACKENDS["cpu"], whole_losses=dispatch._BACKENDS["cuda"].whole_losses)
-    monkeypatch.setitem(dispatch._BACKENDS, "cpu", serves_all)
-    with fastcl.use_backend("cpu"):
-        yield grid
-    library._destroy()
 
 
 @every_loss
@@ -282,27 +246,6 @@ def test_too_many_rows_for_the_chip_are_refused(grid):
         fastcl.nt_xent(*z)
     with pytest.raises(RuntimeError, match="CUDA kernels take float32, float16 and bfloat16"):
         fastcl.nt_xent(*z.double())
-
-
-@every_dtype
-@pytest.mark.parametrize("queue_dtype", DTYPES, ids=str)
-def test_queue(dtype, queue_dtype, grid):
-    """The rows that stay, normalized, in the order of their arrival; beyond the end the queue wraps."""
-    size, width = 21, 9
-    queue = fastcl.NegativeQueue(size, width, dtype=queue_dtype, with_ids=True)
-    rows = torch.randn(80, width + 1, generator=torch.Generator().manual_seed(40)).to(dtype)[:, :width]
-    keys, ids = queue.keys.clone(), queue.ids.clone()
-    start = 0
-    for count in (5, 0, 20, 21, 34):
-        batch, batch_ids = rows[start : start + count], torch.arange(start, start + count)
-        queue.enqueue(batch, batch_ids)
-        unit = torch.nn.functional.normalize(batch.double()).to(queue_dtype)
-        for i in range(max(0, count - size), count):
-            keys[(start + i) % size], ids[(start + i) % size] = unit[i], start + i
-        start += count
-        assert queue.pointer.item() == start % size
-        assert torch.equal(queue.ids, ids)
-        torch.testing.assert_close(queue.keys, keys)
 
 
 # what is compared with what, and the loss's arguments where there is no memory behind them

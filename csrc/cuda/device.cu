@@ -4,6 +4,7 @@
 
 #include "cuda/device.h"
 #include "cuda/enqueue.cuh"
+#include "cuda/mochi.cuh"
 #include "cuda/one_launch.cuh"
 
 namespace fastcl {
@@ -20,6 +21,13 @@ __global__ void __launch_bounds__(kWarps* kLanes, 1)
 template <class T, class Key>
 __global__ void __launch_bounds__(kWarps* kLanes, 1) enqueue(const __grid_constant__ Enqueue<T, Key> args) {
   enqueue_rows(Block(), args);
+}
+
+template <class T, class Key>
+__global__ void __launch_bounds__(kWarps* kLanes, 1)
+    mix_negatives(const __grid_constant__ Mixing<T, Key> args) {
+  const Block block;
+  MixingKernel<T, Key>(block, args).run();
 }
 
 void check(cudaError_t status, const char* kernel, const char* step) {
@@ -71,12 +79,20 @@ void launch_enqueue(const Enqueue<T, Key>& args, int blocks, void* stream) {
   launch(enqueue<T, Key>, "enqueue", blocks, 0, stream, args);
 }
 
-#define FASTCL_INSTANTIATE(T)                                                           \
-  template void launch_loss<T>(const OneLaunch<T>&, const OnePositiveLoss&, void*);     \
-  template void launch_loss<T>(const OneLaunch<T>&, const SupConLoss&, void*);          \
-  template void launch_enqueue<T, float>(const Enqueue<T, float>&, int, void*);         \
-  template void launch_enqueue<T, c10::Half>(const Enqueue<T, c10::Half>&, int, void*); \
-  template void launch_enqueue<T, c10::BFloat16>(const Enqueue<T, c10::BFloat16>&, int, void*);
+template <class T, class Key>
+void launch_mixing(const Mixing<T, Key>& args, int blocks, int64_t shared_bytes, void* stream) {
+  launch(mix_negatives<T, Key>, "mix_negatives", blocks, shared_bytes, stream, args);
+}
+
+#define FASTCL_INSTANTIATE_FOR_KEYS(T, Key)                                 \
+  template void launch_enqueue<T, Key>(const Enqueue<T, Key>&, int, void*); \
+  template void launch_mixing<T, Key>(const Mixing<T, Key>&, int, int64_t, void*);
+#define FASTCL_INSTANTIATE(T)                                                       \
+  template void launch_loss<T>(const OneLaunch<T>&, const OnePositiveLoss&, void*); \
+  template void launch_loss<T>(const OneLaunch<T>&, const SupConLoss&, void*);      \
+  FASTCL_INSTANTIATE_FOR_KEYS(T, float)                                             \
+  FASTCL_INSTANTIATE_FOR_KEYS(T, c10::Half)                                         \
+  FASTCL_INSTANTIATE_FOR_KEYS(T, c10::BFloat16)
 FASTCL_INSTANTIATE(float)
 FASTCL_INSTANTIATE(c10::Half)
 FASTCL_INSTANTIATE(c10::BFloat16)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/enqueue.h"
+#include "cuda/mochi.h"
 #include "cuda/one_launch.h"
 
 namespace fastcl {
@@ -18,5 +19,7 @@ template <class T, class Loss>
 void launch_loss(const OneLaunch<T>& args, const Loss& loss, void* stream);
 template <class T, class Key>
 void launch_enqueue(const Enqueue<T, Key>& args, int blocks, void* stream);
+template <class T, class Key>
+void launch_mixing(const Mixing<T, Key>& args, int blocks, int64_t shared_bytes, void* stream);
 
 }  // namespace fastcl

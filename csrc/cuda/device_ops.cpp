@@ -10,6 +10,7 @@
 
 #include "cuda/device.h"
 #include "cuda/enqueue_op.h"
+#include "cuda/mochi_op.h"
 #include "cuda/one_launch_op.h"
 
 namespace fastcl {
@@ -86,6 +87,21 @@ void enqueue(Tensor keys, OptionalTensor ids, Tensor pointer, Tensor new_keys, O
               [=](const auto& args) { launch_enqueue(args, blocks, current_stream(device)); });
 }
 
+auto mix_negatives(Tensor query, Tensor positive, Tensor scale, Tensor keys, Tensor hard, Tensor queue_max,
+                   Tensor queue_sum, Tensor queue_mean, Tensor first, Tensor second, Tensor alpha,
+                   Tensor partner, Tensor beta) {
+  const int device = query.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const MixingOutputs outputs(query);
+  run_mixing({query, positive, scale, keys, hard, queue_max, queue_sum, queue_mean, first, second, alpha,
+              partner, beta},
+             outputs, usable_device(device, "mix_negatives"),
+             [=](const auto& args, int blocks, int64_t shared_bytes) {
+               launch_mixing(args, blocks, shared_bytes, current_stream(device));
+             });
+  return outputs.all();
+}
+
 // How many blocks the device runs at once, the shared memory of each, and why it cannot serve at all, or "".
 std::tuple<int64_t, int64_t, std::string> cuda_limits(int64_t device) {
   const DeviceLimits& limits = limits_of(static_cast<int>(device));
@@ -99,8 +115,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastcl_native, m) { m.def("cuda_limits(int device)
 STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CompositeExplicitAutograd, m) {
   m.impl("cuda_limits", TORCH_BOX(&fastcl::cuda_limits));
 }
-STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CUDA, m) { m.impl("enqueue", TORCH_BOX(&fastcl::enqueue)); }
-// their schemas are in Python
+// the schemas of these are in host_ops.cpp
+STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CUDA, m) {
+  m.impl("enqueue", TORCH_BOX(&fastcl::enqueue));
+  m.impl("mix_negatives", TORCH_BOX(&fastcl::mix_negatives));
+}
+// of these in Python
 STABLE_TORCH_LIBRARY_IMPL(fastcl, CUDA, m) {
   m.impl("one_positive", TORCH_BOX(&fastcl::one_positive));
   m.impl("sup_con", TORCH_BOX(&fastcl::sup_con));

@@ -1,8 +1,12 @@
 // Ops that run the CUDA kernels on the host, a thread per warp, for the tests; and some that say what fits.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
 #include "cuda/enqueue.cuh"
 #include "cuda/enqueue_op.h"
+#include "cuda/mochi.cuh"
+#include "cuda/mochi_op.h"
 #include "cuda/one_launch_host.h"
 #include "cuda/one_launch_op.h"
 
@@ -53,6 +57,19 @@ void host_enqueue(Tensor keys, OptionalTensor ids, Tensor pointer, Tensor new_ke
   });
 }
 
+auto host_mix_negatives(Tensor query, Tensor positive, Tensor scale, Tensor keys, Tensor hard,
+                        Tensor queue_max, Tensor queue_sum, Tensor queue_mean, Tensor first, Tensor second,
+                        Tensor alpha, Tensor partner, Tensor beta, int64_t blocks, int64_t shared_bytes) {
+  const MixingOutputs outputs(query);
+  run_mixing({query, positive, scale, keys, hard, queue_max, queue_sum, queue_mean, first, second, alpha,
+              partner, beta},
+             outputs, {static_cast<int>(blocks), shared_bytes},
+             [](const auto& args, int grid, int64_t bytes) {
+               run_grid(grid, bytes, [&](const Block& block) { MixingKernel(block, args).run(); });
+             });
+  return outputs.all();
+}
+
 template <class Loss>
 bool fits(const Matrix& matrix, int64_t element_bytes, int64_t blocks, int64_t shared_bytes) {
   return make_plan(matrix, 1, static_cast<int>(element_bytes), line_bytes<Loss>(),
@@ -68,6 +85,9 @@ bool sup_con_fits(int64_t queries, std::optional<int64_t> keys, int64_t element_
                   int64_t shared_bytes) {
   return fits<SupConLoss>(Matrix::all_pairs(queries, keys), element_bytes, blocks, shared_bytes);
 }
+bool mixing_fits(int64_t width, int64_t n_hard, int64_t synthetics, int64_t shared_bytes) {
+  return MixingFloats(width, n_hard, synthetics).bytes() <= shared_bytes;
+}
 
 }  // namespace
 }  // namespace fastcl
@@ -81,9 +101,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastcl_native, m) {
       "host_sup_con(Tensor query, Tensor? key, Tensor scale, Tensor query_labels, Tensor? key_labels, "
       "bool normalize, bool log_of_mean, bool mean, int needs, int blocks, int shared_bytes) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "host_enqueue(Tensor(a!) keys, Tensor(b!)? ids, Tensor(c!) pointer, Tensor new_keys, Tensor? new_ids, "
-      "int blocks) -> ()");
+  // on the device and, for the tests, on the host
+  const std::string mixing =
+      "(Tensor query, Tensor positive, Tensor scale, Tensor keys, Tensor hard, Tensor queue_max, Tensor "
+      "queue_sum, Tensor queue_mean, Tensor first, Tensor second, Tensor alpha, Tensor partner, Tensor beta";
+  const char* mixed = ") -> (Tensor loss, Tensor grad_query, Tensor grad_positive, Tensor grad_scale)";
+  m.def(("mix_negatives" + mixing + mixed).c_str());
+  m.def(("host_mix_negatives" + mixing + ", int blocks, int shared_bytes" + mixed).c_str());
+  const std::string enqueue =
+      "(Tensor(a!) keys, Tensor(b!)? ids, Tensor(c!) pointer, Tensor new_keys, Tensor? new_ids";
+  m.def(("enqueue" + enqueue + ") -> ()").c_str());
+  m.def(("host_enqueue" + enqueue + ", int blocks) -> ()").c_str());
+  m.def("mixing_fits(int width, int n_hard, int synthetics, int shared_bytes) -> bool");
   m.def(
       "one_positive_fits(int layout, int samples, int negatives, int element_bytes, int blocks, "
       "int shared_bytes) -> bool");
@@ -92,9 +121,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastcl_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CompositeExplicitAutograd, m) {
   m.impl("one_positive_fits", TORCH_BOX(&fastcl::one_positive_fits));
   m.impl("sup_con_fits", TORCH_BOX(&fastcl::sup_con_fits));
+  m.impl("mixing_fits", TORCH_BOX(&fastcl::mixing_fits));
 }
 STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CPU, m) {
   m.impl("host_one_positive", TORCH_BOX(&fastcl::host_one_positive));
   m.impl("host_sup_con", TORCH_BOX(&fastcl::host_sup_con));
+  m.impl("host_mix_negatives", TORCH_BOX(&fastcl::host_mix_negatives));
   m.impl("host_enqueue", TORCH_BOX(&fastcl::host_enqueue));
 }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cuda/enqueue.cuh"
+#include "cuda/mochi.cuh"
 #include "cuda/one_launch_host.h"
 
 namespace fastcl {
@@ -149,6 +150,113 @@ bool check_sup_con(int64_t queries, std::optional<int64_t> keys, bool log_of_mea
                   });
 }
 
+// Per row: cross-entropy of the positive among the queue and given synthetic negatives.
+double mochi_loss(const std::vector<double>& query, const std::vector<double>& positive, const Rows& queue,
+                  const Rows& synthetic, double scale) {
+  double sum = std::exp(scale * dot(query, positive));
+  for (const Rows* keys : {&queue, &synthetic})
+    for (const auto& key : *keys) sum += std::exp(scale * dot(query, key));
+  return std::log(sum) - scale * dot(query, positive);
+}
+
+template <class T, class Key>
+bool check_mixing(int blocks, double tolerance) {
+  constexpr int kRows = 5, kWidth = 37, kSize = 30, kHard = 19, kMix = 21, kQueryMix = 11;
+  const std::vector<T> x = random_rows<T>(kRows, kWidth, 6), y = random_rows<T>(kRows, kWidth, 7);
+  std::vector<Key> keys = random_rows<Key>(kSize, kWidth, 8);
+  for (Key& key : keys) key = static_cast<Key>(static_cast<float>(key) / std::sqrt(float(kWidth)));
+  const float scale = 5;
+  std::mt19937 generator(9);
+  auto drawn = [&](int count, int below) {
+    std::vector<int64_t> values(kRows * count);
+    for (int64_t& value : values) value = generator() % below;
+    return values;
+  };
+  const std::vector<int64_t> hard = drawn(kHard, kSize), first = drawn(kMix, kHard),
+                             second = drawn(kMix, kHard), partner = drawn(kQueryMix, kHard);
+  std::vector<float> alpha(kRows * kMix), beta(kRows * kQueryMix);
+  for (float& value : alpha) value = generator() % 1000 * 1e-3f;
+  for (float& value : beta) value = generator() % 500 * 1e-3f;
+
+  const std::vector<float> zero(x.size()), along_x = random_rows<float>(kRows, kWidth, 10),
+                                           along_y = random_rows<float>(kRows, kWidth, 11);
+  const Rows query = unit_rows(x, zero, 0, kWidth);
+  Rows queue(kSize, std::vector<double>(kWidth));
+  for (size_t i = 0; i < keys.size(); i++) queue[i / kWidth][i % kWidth] = static_cast<float>(keys[i]);
+  auto mix = [&](int row, double weight, const std::vector<double>& u, int64_t rank) {
+    const std::vector<double>& v = queue[hard[row * kHard + rank]];
+    std::vector<double> mixed(kWidth);
+    for (int d = 0; d < kWidth; d++) mixed[d] = weight * u[d] + (1 - weight) * v[d];
+    const double length = std::sqrt(dot(mixed, mixed));
+    for (double& value : mixed) value /= length;
+    return mixed;
+  };
+  std::vector<Rows> synthetic(kRows);
+  std::vector<float> queue_max(kRows), queue_sum(kRows), queue_mean(kRows * kWidth);
+  for (int row = 0; row < kRows; row++) {
+    for (int h = row * kMix; h < (row + 1) * kMix; h++)
+      synthetic[row].push_back(mix(row, alpha[h], queue[hard[row * kHard + first[h]]], second[h]));
+    for (int h = row * kQueryMix; h < (row + 1) * kQueryMix; h++)
+      synthetic[row].push_back(mix(row, beta[h], query[row], partner[h]));
+    double sum = 0;
+    std::vector<double> mean(kWidth);
+    queue_max[row] = 1.5f;
+    for (const auto& key : queue) {
+      const double weight = std::exp2(scale * kLog2E * dot(query[row], key) - queue_max[row]);
+      sum += weight;
+      for (int d = 0; d < kWidth; d++) mean[d] += weight * key[d];
+    }
+    queue_sum[row] = sum;
+    for (int d = 0; d < kWidth; d++) queue_mean[row * kWidth + d] = mean[d] / sum;
+  }
+
+  std::vector<float> loss(kRows, NAN), grad_x(x.size(), NAN), grad_y(y.size(), NAN), grad_scale(kRows, NAN);
+  const Mixing<T, Key> args{x.data(),
+                            y.data(),
+                            kWidth,
+                            kWidth,
+                            keys.data(),
+                            &scale,
+                            hard.data(),
+                            queue_max.data(),
+                            queue_sum.data(),
+                            queue_mean.data(),
+                            first.data(),
+                            second.data(),
+                            partner.data(),
+                            alpha.data(),
+                            beta.data(),
+                            loss.data(),
+                            grad_x.data(),
+                            grad_y.data(),
+                            grad_scale.data(),
+                            kRows,
+                            kWidth,
+                            kHard,
+                            kMix,
+                            kQueryMix};
+  run_grid(blocks, args.floats().bytes(), [&](const Block& block) { MixingKernel(block, args).run(); });
+
+  auto exact = [&](double step, double at) {
+    const Rows q = unit_rows(x, along_x, step, kWidth), p = unit_rows(y, along_y, step, kWidth);
+    double total = 0;
+    for (int row = 0; row < kRows; row++) total += mochi_loss(q[row], p[row], queue, synthetic[row], at);
+    return total;
+  };
+  const double step = 1e-4, wanted = exact(0, scale);
+  const double by_scale = (exact(0, scale + step) - exact(0, scale - step)) / (2 * step);
+  const double by_input = (exact(step, scale) - exact(-step, scale)) / (2 * step);
+  double got_by_input = 0;
+  for (size_t i = 0; i < x.size(); i++) got_by_input += grad_x[i] * along_x[i] + grad_y[i] * along_y[i];
+  const double got = std::accumulate(loss.begin(), loss.end(), 0.0),
+               got_by_scale = std::accumulate(grad_scale.begin(), grad_scale.end(), 0.0);
+  auto near = [&](double a, double b) { return std::abs(a - b) <= tolerance; };
+  const bool right = near(got, wanted) && near(got_by_scale, by_scale) && near(got_by_input, by_input);
+  std::printf("%s MoCHi on %d blocks: loss %.6f (%.6f), by scale %.6f (%.6f), by input %.6f (%.6f)\n",
+              right ? "ok  " : "FAIL", blocks, got, wanted, got_by_scale, by_scale, got_by_input, by_input);
+  return right;
+}
+
 bool check_enqueue(int size, int count, int width, int blocks) {
   const std::vector<float> rows = random_rows<float>(count, width, 5);
   std::vector<float> keys(size * width, 0);
@@ -187,6 +295,10 @@ int main() {
       right &= check_sup_con<c10::BFloat16>(65, 130, log_of_mean, 130, device, 1e-3);
       right &= check_sup_con<c10::Half>(12, {}, log_of_mean, 5, device, 2e-3);
     }
+  }
+  for (int blocks : {1, 3}) {
+    right &= check_mixing<float, float>(blocks, 1e-4);
+    right &= check_mixing<c10::BFloat16, c10::Half>(blocks, 1e-4);
   }
   for (int count : {0, 5, 40}) right &= check_enqueue(11, count, 7, 3);
   return right ? 0 : 1;

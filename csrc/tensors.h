@@ -7,6 +7,8 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <optional>
+#include <stdexcept>
+#include <string>
 
 namespace fastcl {
 
@@ -38,6 +40,16 @@ void with_type(const Tensor& x, const Use& use) {
       return use(c10::BFloat16());
     default:
       STD_TORCH_CHECK(false, "the CUDA kernels take float32, float16 and bfloat16");
+  }
+}
+
+// What make() allocates for a kernel; where that fails the stable ABI does not say for what.
+template <class Make>
+auto allocated(const char* kernel, const Make& make) {
+  try {
+    return make();
+  } catch (const std::exception& error) {
+    throw std::runtime_error(std::string(kernel) + ": allocating memory failed: " + error.what());
   }
 }
 

@@ -318,3 +318,10 @@ def test_cells_of_half_types(name, dtype, kind, grid):
         LOSSES[name].product(*(x.float() for x in LOSSES[name].inputs(case)), LOSSES[name].factor(0.5))
     for temperature in (0.5, 0.07):
         check(LOSSES[name], case, dtype, temperature, factor_dtype=torch.float64)
+
+
+@pytest.mark.parametrize("loss", [fastcl.nt_xent, lambda x, y: fastcl.sup_con(x)])
+def test_where_there_is_no_memory_the_kernel_is_named(loss, grid):
+    z = torch.zeros(1 << 20).as_strided((400_000, 1 << 20), (0, 1)).requires_grad_()
+    with pytest.raises(RuntimeError, match="one_launch: allocating memory failed"):
+        loss(z, z)

@@ -60,7 +60,8 @@ void run_on_device(const Tensor& query, const Tensor& scale, const Tensor& scale
 auto one_positive(Tensor query, Tensor positive, OptionalTensor negatives, Tensor scale,
                   OptionalTensor query_ids, OptionalTensor negative_ids, int64_t layout, bool normalize,
                   bool normalize_negatives, bool mean, int64_t needs) {
-  const LossOutputs outputs(query, positive, negatives, scale, ScalarType::Float, needs);
+  const auto outputs = allocated(
+      "one_launch", [&] { return LossOutputs(query, positive, negatives, scale, ScalarType::Float, needs); });
   run_on_device(query, scale, outputs.scale, [&](const Target& target, const auto& launch) {
     run_one_positive({query, positive, negatives, query_ids, negative_ids, static_cast<Layout>(layout),
                       normalize, normalize_negatives, mean},
@@ -71,7 +72,7 @@ auto one_positive(Tensor query, Tensor positive, OptionalTensor negatives, Tenso
 
 auto sup_con(Tensor query, OptionalTensor key, Tensor scale, Tensor query_labels, OptionalTensor key_labels,
              bool normalize, bool log_of_mean, bool mean, int64_t needs) {
-  const SupConOutputs outputs(query, key, scale, needs);
+  const auto outputs = allocated("one_launch", [&] { return SupConOutputs(query, key, scale, needs); });
   run_on_device(query, scale, outputs.scale, [&](const Target& target, const auto& launch) {
     run_sup_con({query, key, query_labels, key_labels, normalize, log_of_mean, mean}, outputs, target,
                 launch);
@@ -92,7 +93,7 @@ auto mix_negatives(Tensor query, Tensor positive, Tensor scale, Tensor keys, Ten
                    Tensor partner, Tensor beta) {
   const int device = query.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const MixingOutputs outputs(query);
+  const auto outputs = allocated("mix_negatives", [&] { return MixingOutputs(query); });
   run_mixing({query, positive, scale, keys, hard, queue_max, queue_sum, queue_mean, first, second, alpha,
               partner, beta},
              outputs, usable_device(device, "mix_negatives"),

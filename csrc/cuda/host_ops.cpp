@@ -29,7 +29,8 @@ auto host_one_positive(Tensor query, Tensor positive, OptionalTensor negatives, 
                        OptionalTensor query_ids, OptionalTensor negative_ids, int64_t layout, bool normalize,
                        bool normalize_negatives, bool mean, int64_t needs, int64_t blocks,
                        int64_t shared_bytes) {
-  const LossOutputs outputs(query, positive, negatives, scale, ScalarType::Float, needs);
+  const auto outputs = allocated(
+      "one_launch", [&] { return LossOutputs(query, positive, negatives, scale, ScalarType::Float, needs); });
   run_with_scale(scale, outputs.scale, blocks, shared_bytes, [&](const Target& target, const auto& launch) {
     run_one_positive({query, positive, negatives, query_ids, negative_ids, static_cast<Layout>(layout),
                       normalize, normalize_negatives, mean},
@@ -41,7 +42,7 @@ auto host_one_positive(Tensor query, Tensor positive, OptionalTensor negatives, 
 auto host_sup_con(Tensor query, OptionalTensor key, Tensor scale, Tensor query_labels,
                   OptionalTensor key_labels, bool normalize, bool log_of_mean, bool mean, int64_t needs,
                   int64_t blocks, int64_t shared_bytes) {
-  const SupConOutputs outputs(query, key, scale, needs);
+  const auto outputs = allocated("one_launch", [&] { return SupConOutputs(query, key, scale, needs); });
   run_with_scale(scale, outputs.scale, blocks, shared_bytes, [&](const Target& target, const auto& launch) {
     run_sup_con({query, key, query_labels, key_labels, normalize, log_of_mean, mean}, outputs, target,
                 launch);
@@ -60,7 +61,7 @@ void host_enqueue(Tensor keys, OptionalTensor ids, Tensor pointer, Tensor new_ke
 auto host_mix_negatives(Tensor query, Tensor positive, Tensor scale, Tensor keys, Tensor hard,
                         Tensor queue_max, Tensor queue_sum, Tensor queue_mean, Tensor first, Tensor second,
                         Tensor alpha, Tensor partner, Tensor beta, int64_t blocks, int64_t shared_bytes) {
-  const MixingOutputs outputs(query);
+  const auto outputs = allocated("mix_negatives", [&] { return MixingOutputs(query); });
   run_mixing({query, positive, scale, keys, hard, queue_max, queue_sum, queue_mean, first, second, alpha,
               partner, beta},
              outputs, {static_cast<int>(blocks), shared_bytes},

@@ -122,7 +122,7 @@ struct Work {
   int64_t sums;         // (slots, rows, width) weighted sums of unit rows
   int64_t total;
 
-  Work(const Plan& plan, int statistics_count, bool gradients) {
+  Work(const Plan& plan, int statistics_count, bool row_gradients) {
     int64_t used = 0;
     auto take = [&](int64_t count) { return std::exchange(used, used + count); };
     const int rows = plan.matrix.rows;
@@ -134,7 +134,7 @@ struct Work {
     pull = take(rows);
     block_loss = take(plan.blocks);
     along_scale = take(int64_t(plan.blocks) * kWarps);
-    sums = take(gradients ? cells * plan.width : 0);
+    sums = take(row_gradients ? cells * plan.width : 0);
     total = used;
   }
 };

@@ -37,11 +37,11 @@ void run_one_launch(const std::array<LossInput, 3>& inputs, const Matrix& matrix
   STD_TORCH_CHECK(plan, "one_launch: a similarity matrix of ", matrix.queries, " x ", matrix.keys,
                   " rows does not fit into ", target.device.blocks, " blocks of ", target.device.shared_bytes,
                   " bytes of shared memory");
-  bool packed = true, any_gradient = target.scale_gradient;
+  bool packed = true, row_gradients = false;
   Input<T> given[3] = {};
   for (int i = 0; i < 3; i++) {
     const auto& [rows, normalize, gradient] = inputs[i];
-    any_gradient |= gradient != nullptr;
+    row_gradients |= gradient != nullptr;
     if (!rows) continue;
     packed &= is_packed<T>(*rows);
     given[i] = {static_cast<const T*>(rows->const_data_ptr()), rows->stride(0), normalize};
@@ -54,9 +54,10 @@ void run_one_launch(const std::array<LossInput, 3>& inputs, const Matrix& matrix
                     {inputs[0].gradient, inputs[1].gradient, inputs[2].gradient},
                     target.scale_gradient,
                     *plan,
-                    Work(*plan, statistics, any_gradient),
+                    Work(*plan, statistics, row_gradients),
                     nullptr};
-  const Tensor memory = torch::stable::new_empty(first, {args.work.total}, ScalarType::Float);
+  const Tensor memory = allocated(
+      "one_launch", [&] { return torch::stable::new_empty(first, {args.work.total}, ScalarType::Float); });
   args.memory = out_of<float>(memory);
   launch(args);
 }

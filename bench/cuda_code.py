@@ -12,11 +12,17 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from fastcl import cuda
-from fastcl.one_positive import BATCH, VIEWS
+from fastcl.dispatch import WholeLoss
+from fastcl.one_positive import BATCH, VIEWS, OnePositive
+from fastcl.sup_con import SupCon
 
 LIBRARY = Path("fastcl/_native.abi3.so")
 TABLE = Path("bench/results/cuda-code.md")
@@ -24,10 +30,22 @@ TARGETS = ("sm_80", "sm_90a")
 TYPES = {"float": "float32", "c10::Half": "float16", "c10::BFloat16": "bfloat16"}
 # each kernel, and the tensor-core instruction it lives from
 KERNELS = {
-    "one_launch<float32>": "HMMA.1688.F32.TF32",
-    "one_launch<float16>": "HMMA.16816.F32",
-    "one_launch<bfloat16>": "HMMA.16816.F32.BF16",
-    **{f"enqueue<{rows}, {keys}>": None for rows in TYPES.values() for keys in TYPES.values()},
+    **{
+        f"one_launch<{rows}, {cells}, {loss}>": instruction
+        for rows, instruction in (
+            ("float32", "HMMA.1688.F32.TF32"),
+            ("float16", "HMMA.16816.F32"),
+            ("bfloat16", "HMMA.16816.F32.BF16"),
+        )
+        for cells in {rows: None, "float32": None}
+        for loss in ("OnePositiveLoss", "SupConLoss")
+    },
+    **{
+        f"{kernel}<{rows}, {keys}>": None
+        for kernel in ("enqueue", "mix_negatives")
+        for rows in TYPES.values()
+        for keys in TYPES.values()
+    },
 }
 # blocks that live at once, bytes of shared memory of each
 DEVICES = {"A100": (108, 163 << 10), "H100, H200": (132, 227 << 10)}
@@ -93,7 +111,8 @@ def kernel_name(symbol: str) -> str:
     found = re.search(r"(\w+)<([^<>]+)>\(", demangled)
     if found is None:
         return symbol
-    return f"{found[1]}<{', '.join(TYPES.get(name, name) for name in found[2].split(', '))}>"
+    names = (TYPES.get(name, name.removeprefix("fastcl::")) for name in found[2].split(", "))
+    return f"{found[1]}<{', '.join(names)}>"
 
 
 def read(library: Path, target: str) -> list[Code]:
@@ -111,21 +130,51 @@ def read(library: Path, target: str) -> list[Code]:
     return sorted(codes, key=lambda code: code.kernel)
 
 
-def most_samples(layout: int, blocks: int, shared_bytes: int) -> int:
+def one_positive(layout: int, samples: int, dtype: torch.dtype) -> OnePositive:
+    """A loss of that size, without memory."""
+    rows = torch.empty(samples, 1, dtype=dtype, device="meta")
+    return OnePositive(rows, rows, None, rows, None, None, layout, True, True, "mean")
+
+
+def sup_con(rows: int, dtype: torch.dtype) -> SupCon:
+    """As :func:`one_positive`."""
+    features = torch.empty(rows, 1, dtype=dtype, device="meta")
+    return SupCon(features, None, features, features, None, True, "out", "mean", None)
+
+
+# what a batch is counted in, and the loss of one
+LOSSES: dict[str, Callable[[int, torch.dtype], WholeLoss]] = {
+    "nt_xent, samples": partial(one_positive, VIEWS),
+    "info_nce, clip_loss, samples": partial(one_positive, BATCH),
+    "sup_con, rows": sup_con,
+}
+
+
+def largest(
+    loss: Callable[[int, torch.dtype], WholeLoss], dtype: torch.dtype, device: tuple[int, int]
+) -> int:
     """The largest batch whose similarity matrix stays on the chip."""
-    samples = 0
+    size = 0
     for step in (1 << bit for bit in range(16, -1, -1)):
-        if cuda.fits(layout, samples + step, 0, blocks, shared_bytes):
-            samples += step
-    return samples
+        if cuda.fits(loss(size + step, dtype), *device):
+            size += step
+    return size
+
+
+def limits() -> list[str]:
+    """A line per device: the largest batch of each loss, in float32 and in half precision."""
+    lines = []
+    for name, device in DEVICES.items():
+        cells = [
+            f"{largest(loss, torch.float32, device)} / {largest(loss, torch.float16, device)}"
+            for loss in LOSSES.values()
+        ]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return lines
 
 
 def table(codes: list[Code]) -> str:
     """The committed page."""
-    limits = [
-        f"| {name} | {most_samples(VIEWS, *device)} | {most_samples(BATCH, *device)} |"
-        for name, device in DEVICES.items()
-    ]
     return "\n".join(
         [
             "# Machine code of the CUDA kernels",
@@ -138,11 +187,11 @@ def table(codes: list[Code]) -> str:
             *(code.line() for code in codes),
             "",
             "Each block keeps its square of the similarity matrix in shared memory, so the device limits",
-            "the batch:",
+            "the batch, in float32 / half precision:",
             "",
-            "| device | nt_xent, samples at most | info_nce, clip_loss |",
-            "|---|--:|--:|",
-            *limits,
+            f"| device | {' | '.join(LOSSES)} |",
+            f"|---|{'--:|' * len(LOSSES)}",
+            *limits(),
             "",
         ]
     )

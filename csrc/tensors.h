@@ -7,6 +7,8 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <optional>
+#include <stdexcept>
+#include <string>
 
 namespace fastcl {
 
@@ -41,6 +43,21 @@ void with_type(const Tensor& x, const Use& use) {
   }
 }
 
+// What make() allocates for a kernel; where that fails the stable ABI does not say for what.
+template <class Make>
+auto allocated(const char* kernel, const Make& make) {
+  try {
+    return make();
+  } catch (const std::exception& error) {
+    throw std::runtime_error(std::string(kernel) + ": allocating memory failed: " + error.what());
+  }
+}
+
+// Like `shape`, on the device of `x`; empty where it is not wanted.
+inline Tensor output_like(const Tensor& shape, const Tensor& x, ScalarType dtype, bool wanted) {
+  return wanted ? torch::stable::new_empty(x, shape.sizes(), dtype) : torch::stable::new_empty(x, {0}, dtype);
+}
+
 // What the whole-loss op returns: the loss and, of the wanted inputs, the gradients for an incoming 1.
 struct LossOutputs {
   Tensor loss, query, positive, negatives, scale;
@@ -48,22 +65,13 @@ struct LossOutputs {
   LossOutputs(const Tensor& x, const Tensor& y, const OptionalTensor& z, const Tensor& factor,
               ScalarType dtype, int64_t needs)
       : loss(torch::stable::new_empty(x, {}, dtype)),
-        query(like(x, x, dtype, needs & 1)),
-        positive(like(y, x, dtype, needs & 2)),
-        negatives(like(z.value_or(x), x, dtype, z && needs & 4)),
-        scale(needs & 8 ? torch::stable::new_empty(factor, {}) : torch::stable::new_empty(factor, {0})) {}
+        query(output_like(x, x, dtype, needs & 1)),
+        positive(output_like(y, x, dtype, needs & 2)),
+        negatives(output_like(z.value_or(x), x, dtype, z && needs & 4)),
+        scale(output_like(factor, factor, factor.scalar_type(), needs & 8)) {}
 
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> all() const {
     return {loss, query, positive, negatives, scale};
-  }
-  bool any_gradient() const {
-    return query.numel() || positive.numel() || negatives.numel() || scale.numel();
-  }
-
- private:
-  static Tensor like(const Tensor& shape, const Tensor& x, ScalarType dtype, bool wanted) {
-    return wanted ? torch::stable::new_empty(x, shape.sizes(), dtype)
-                  : torch::stable::new_empty(x, {0}, dtype);
   }
 };
 

@@ -168,9 +168,7 @@ def mochi(args: Mochi) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     query, positive = args.query.to(dtype), args.positive.to(dtype)
     query_inverse, positive_inverse = inverse_norms(query), inverse_norms(positive)
     query, positive, scale = query * query_inverse, positive * positive_inverse, args.scale.to(dtype)
-    similarity, order = topk(TopK(query, args.keys.to(dtype), args.n_hard, None, None, False))
-    plain = OnePositive(query, positive, args.keys, args.scale, None, None, NEGATIVES, False, False, "none")
-    rows, _, _, _, pull = stats_forward(plain.problem(), weighted_keys=True)
+    similarity, order, rows, _, pull = over_queue(args, query)
     lse = torch.empty_like(rows[0])
     for chunk in row_chunks(query.shape[0], args.n_hard * query.shape[1]):
         hard = args.keys[order[chunk]].to(dtype)  # [n, n_hard, D]
@@ -184,6 +182,17 @@ def mochi(args: Mochi) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_query = unit_rows_backward(scale * pull, query, query_inverse)
     grad_positive = unit_rows_backward(-scale * slope * query, positive, positive_inverse)
     return softplus(margin), grad_query, grad_positive, row_dot(query, pull)
+
+
+def over_queue(args: Mochi, query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of unit queries: similarities and indices (N, n_hard) of the hardest keys, then all of the queue.
+
+    Of it the statistics (5, N), the row state (4, N) and the mean key by their probabilities (N, D).
+    """
+    similarity, order = topk(TopK(query, args.keys.to(query.dtype), args.n_hard, None, None, False))
+    plain = OnePositive(query, query, args.keys, args.scale, None, None, NEGATIVES, False, False, "none")
+    rows, row_state, _, _, pull = stats_forward(plain.problem(), weighted_keys=True)
+    return similarity, order, rows, row_state, pull
 
 
 def _mix(

@@ -1,4 +1,4 @@
-"""The CUDA backend: whole losses in one launch, by kernels of the native extension."""
+"""The CUDA backend: whole losses, and MoCHi's mixing, in one launch, by kernels of the native extension."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastcl import native
+from fastcl import chunked, native
+from fastcl.numerics import unit_rows
 from fastcl.one_positive import OnePositive
+from fastcl.problem import Mochi
+from fastcl.sup_con import SupCon
 
 if TYPE_CHECKING:
     from fastcl.dispatch import Request
@@ -34,28 +37,32 @@ def missing_reason() -> str | None:
 def unsupported_reasons(request: Request) -> list[str]:
     """What keeps the kernels from serving ``request``."""
     loss = request.loss
-    if not request.enqueue and (loss is None or loss.reduction == "none"):
-        return ["it serves losses with one positive per row only, reduced to their mean or sum"]
+    if not (request.enqueue or request.mochi) and (loss is None or loss.reduction == "none"):
+        return ["it serves whole losses only, reduced to their mean or sum"]
     reasons = []
     if request.device.type != "cuda":
         reasons.append(f"inputs are on {request.device}, it takes CUDA tensors")
     if request.dtype == torch.float64:
         reasons.append("it takes float32, float16 and bfloat16, not float64")
-    if loss is not None and loss.negatives is not None and loss.negatives.dtype != request.dtype:
-        reasons.append(f"the negatives are {loss.negatives.dtype}, the queries {request.dtype}")
+    if request.dense_mask:
+        reasons.append("a dense mask is served by 'chunked' only")
+    negatives = loss.negatives if isinstance(loss, OnePositive) else None
+    if negatives is not None and negatives.dtype != request.dtype:
+        reasons.append(f"the negatives are {negatives.dtype}, the queries {request.dtype}")
     if not reasons:
-        reasons += _beyond_the_device(loss, request.device.index or 0)
+        reasons += _beyond_the_device(request, request.device.index or 0)
     return reasons
 
 
-def _beyond_the_device(loss: OnePositive | None, device: int) -> list[str]:
+def _beyond_the_device(request: Request, device: int) -> list[str]:
     blocks, shared_bytes, missing = _limits(device)
+    loss, mochi = request.loss, request.mochi
     if missing:
         return [missing]
-    if loss is not None:
-        samples, negatives = loss.query.shape[0], 0 if loss.negatives is None else loss.negatives.shape[0]
-        if not fits(loss.layout, samples, negatives, blocks, shared_bytes):
-            return [f"the similarity matrix of {samples} samples does not fit on the GPU's chip"]
+    if loss is not None and not fits(loss, blocks, shared_bytes):
+        return [f"the similarity matrix of {loss.query.shape[0]} queries does not fit on the GPU's chip"]
+    if mochi is not None and not mixing_fits(mochi, shared_bytes):
+        return [f"mixing from {mochi.n_hard} hard keys does not fit into a block's shared memory"]
     return []
 
 
@@ -66,9 +73,38 @@ def enqueue(
     torch.ops.fastcl_native.enqueue(keys, ids, pointer, new_keys, new_ids)
 
 
-def fits(layout: int, samples: int, negatives: int, blocks: int, shared_bytes: int) -> bool:
-    """Whether ``blocks`` of ``shared_bytes`` each hold the similarity matrix of such a loss."""
-    fit: bool = torch.ops.fastcl_native.one_launch_fits(layout, samples, negatives, blocks, shared_bytes)
+def mochi(args: Mochi) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`fastcl.chunked.mochi`, whose top-k and pass over the queue it takes.
+
+    The mixing, the loss and the gradients are one launch.
+    """
+    _, hard, _, queue, mean = chunked.over_queue(args, unit_rows(args.query))
+    draws = (x.contiguous() for x in (args.first, args.second, args.alpha, args.partner, args.beta))
+    mixed: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.fastcl_native.mix_negatives(
+        args.query, args.positive, args.scale.float(), args.keys, hard, queue[0], queue[1], mean, *draws
+    )
+    return mixed
+
+
+def mixing_fits(args: Mochi, shared_bytes: int) -> bool:
+    """Whether a block of ``shared_bytes`` holds what is known of a query's hard keys."""
+    synthetics = args.first.shape[1] + args.partner.shape[1]
+    fit: bool = torch.ops.fastcl_native.mixing_fits(
+        args.query.shape[1], args.n_hard, synthetics, shared_bytes
+    )
+    return fit
+
+
+def fits(loss: OnePositive | SupCon, blocks: int, shared_bytes: int) -> bool:
+    """Whether ``blocks`` of ``shared_bytes`` each hold the similarity matrix of ``loss``."""
+    count, device = loss.query.shape[0], (loss.query.element_size(), blocks, shared_bytes)
+    fit: bool
+    if isinstance(loss, OnePositive):
+        negatives = 0 if loss.negatives is None else loss.negatives.shape[0]
+        fit = torch.ops.fastcl_native.one_positive_fits(loss.layout, count, negatives, *device)
+    else:
+        keys = None if loss.key is None else loss.key.shape[0]
+        fit = torch.ops.fastcl_native.sup_con_fits(count, keys, *device)
     return fit
 
 

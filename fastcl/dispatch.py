@@ -16,6 +16,10 @@ from torch import Tensor
 from fastcl import cuda, native
 from fastcl.checks import check_choice
 from fastcl.one_positive import OnePositive
+from fastcl.problem import Mochi
+from fastcl.sup_con import SupCon
+
+WholeLoss = OnePositive | SupCon
 
 
 @dataclass(frozen=True)
@@ -25,16 +29,22 @@ class Request:
     device: torch.device
     dtype: torch.dtype
     dense_mask: bool = False
-    loss: OnePositive | None = None  # where a loss with one positive per row is asked for
+    loss: WholeLoss | None = None  # where a loss is asked for that a backend may compute as a whole
     enqueue: bool = False  # where a queue's step is
+    mochi: Mochi | None = None  # where MoCHi's loss is
 
     @classmethod
-    def of_loss(cls, args: OnePositive) -> Request:
-        return cls(args.query.device, args.query.dtype, loss=args)
+    def of_loss(cls, args: WholeLoss) -> Request:
+        dense_mask = isinstance(args, SupCon) and args.positive_table is not None
+        return cls(args.query.device, args.query.dtype, dense_mask, args)
 
     @classmethod
     def of_enqueue(cls, x: Tensor) -> Request:
         return cls(x.device, x.dtype, enqueue=True)
+
+    @classmethod
+    def of_mochi(cls, args: Mochi) -> Request:
+        return cls(args.query.device, args.query.dtype, mochi=args)
 
     @classmethod
     def of(cls, x: Tensor, dense_mask: bool = False) -> Request:
@@ -45,7 +55,7 @@ class Request:
 class Backend:
     """A backend's name, why it is missing here (None if it is not), and what it cannot do.
 
-    ``whole_loss``: whether it computes a loss with one positive per row, and its gradients, in one op.
+    ``whole_losses``: the losses that it computes, with their gradients, in one op.
     ``note``: what a reader of :func:`show_config` should know of it.
     ``auto``: whether 'auto' may choose it.
     """
@@ -53,9 +63,13 @@ class Backend:
     name: str
     missing: Callable[[], str | None]
     unsupported_reasons: Callable[[Request], list[str]]
-    whole_loss: bool = False
+    whole_losses: tuple[type[WholeLoss], ...] = ()
     note: str = ""
     auto: bool = True
+
+    def serves_whole(self, loss: WholeLoss) -> bool:
+        """Whether one op is all of ``loss``, which must be reduced then."""
+        return loss.reduction != "none" and isinstance(loss, self.whole_losses)
 
 
 def _cpu_reasons(request: Request) -> list[str]:
@@ -108,7 +122,7 @@ _BACKENDS = {
             "cuda",
             cuda.missing_reason,
             cuda.unsupported_reasons,
-            whole_loss=True,
+            whole_losses=(OnePositive, SupCon),
             note=cuda.NOTE,
             auto=False,
         ),
@@ -116,10 +130,10 @@ _BACKENDS = {
             "triton",
             _triton_missing,
             _triton_reasons,
-            whole_loss=True,
+            whole_losses=(OnePositive,),
             note="float64 and dense masks go to 'chunked'; its speed is not measured yet",
         ),
-        Backend("cpu", native.missing_reason, _cpu_reasons, whole_loss=True),
+        Backend("cpu", native.missing_reason, _cpu_reasons, whole_losses=(OnePositive,)),
         Backend("chunked", _nothing_missing, _anything),
         Backend("reference", _nothing_missing, _anything),
     )

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from fastcl import reference
+from fastcl.numerics import reduce
 from fastcl.one_positive import OnePositive
 from fastcl.problem import Mochi, Needs, PairGradients, Problem, input_gradients, prepare
+from fastcl.sup_con import SupCon
 
 _PROBLEM_FIELDS = len(Problem._fields)
 _PROBLEM_TENSORS = _PROBLEM_FIELDS - 3
@@ -107,20 +109,29 @@ def save_one_positive(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 
 def one_positive_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     query, positive, negatives, scale, query_ids, *unit_grads = ctx.saved_tensors
-    inputs, needs, called_for = (query, positive, negatives, scale), ctx.needs_input_grad, ctx.flags[-1]
-    grads: list[Tensor | None] = [None] * len(needs)
+    inputs = (query, positive, negatives, scale)
     if torch.is_grad_enabled():
-        grads[:4] = _second_order_one_positive(ctx, inputs, query_ids, grad_loss)
-        return tuple(grads)
-    for i, grad in enumerate(unit_grads):
-        if not needs[i]:
+        return _padded(ctx, _second_order_one_positive(ctx, inputs, query_ids, grad_loss))
+    return _padded(ctx, _whole_loss_gradient(ctx, inputs, unit_grads, grad_loss))
+
+
+def _padded(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """With None for all arguments that have no gradient."""
+    return (*grads, *(None,) * (len(ctx.needs_input_grad) - len(grads)))
+
+
+def _whole_loss_gradient(
+    ctx: Any, inputs: Sequence[Tensor | None], unit_grads: Sequence[Tensor], grad_loss: Tensor
+) -> list[Tensor | None]:
+    """From the gradients for an incoming 1 that the op returned with the loss."""
+    grads: list[Tensor | None] = [None] * len(inputs)
+    for i, (x, grad) in enumerate(zip(inputs, unit_grads, strict=True)):
+        if x is None or not ctx.needs_input_grad[i]:
             continue
-        if not called_for >> i & 1:
-            raise RuntimeError(
-                "fastcl::one_positive was called without need of a gradient that is now wanted"
-            )
-        grads[i] = (grad_loss * grad).to(inputs[i].dtype)
-    return tuple(grads)
+        if not ctx.flags[-1] >> i & 1:
+            raise RuntimeError("a whole loss was called without need of a gradient that is now wanted")
+        grads[i] = (grad_loss * grad).to(x.dtype)
+    return grads
 
 
 def _second_order_one_positive(
@@ -140,6 +151,27 @@ def _second_order_one_positive(
     rows, columns = reference.stats(problem)
     loss = args.loss(rows[0], columns[0] if problem.columns else None)
     return _differentiable_grad((loss,), (grad_loss,), views, ctx.needs_input_grad[:4])
+
+
+def save_sup_con(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:5], *output[1:])
+    ctx.flags = inputs[5:]
+
+
+def sup_con_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, scale, query_labels, key_labels, *unit_grads = ctx.saved_tensors
+    inputs = (query, key, scale)
+    if not torch.is_grad_enabled():
+        return _padded(ctx, _whole_loss_gradient(ctx, inputs, unit_grads, grad_loss))
+    views = _views(inputs)
+    query, key, scale = views
+    normalize, log_of_mean, mean, _ = ctx.flags
+    variant, reduction = "in" if log_of_mean else "out", "mean" if mean else "sum"
+    args = SupCon(query, key, scale, query_labels, key_labels, normalize, variant, reduction, None)
+    rows = reference.stats(args.problem())[0]
+    loss = reduce(args.losses(*rows[:4]), reduction)
+    return _padded(ctx, _differentiable_grad((loss,), (grad_loss,), views, ctx.needs_input_grad[:3]))
 
 
 def save_mochi(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -17,12 +17,12 @@ from fastcl.checks import (
     inverse_scalar,
     scalar,
 )
-from fastcl.numerics import compute_dtype, inverse_norms, logaddexp, reduce, row_dot, softplus, unit_rows
+from fastcl.numerics import compute_dtype, inverse_norms, reduce, row_dot, softplus, unit_rows
 from fastcl.one_positive import BATCH, NEGATIVES, PAIRS, VIEWS, OnePositive
-from fastcl.problem import Problem
 from fastcl.queue import NegativeQueue
 from fastcl.rules import check_ids
 from fastcl.similarity import problem_stats
+from fastcl.sup_con import SupCon
 
 
 def info_nce(
@@ -237,36 +237,25 @@ def sup_con(
     if base_temperature is not None and not base_temperature > 0:
         raise ValueError(f"base_temperature must be positive, got {base_temperature}")
     scale = inverse_scalar("temperature", temperature, features)
-    problem = _sup_con_problem(features, labels, mask, scale, contrast_mode, normalize)
-    if group is None:
-        stats = problem_stats(problem)
-    else:
-        stats = distributed.group_stats(problem, group, ring, labelled=labels is not None)
-    has_positives = stats.pos_count > 0
-    count = stats.pos_count.clamp_min(1)
-    lse = logaddexp(stats.lse_neg, stats.lse_pos)
-    if variant == "out":
-        losses = lse - stats.pos_sum / count
-    else:
-        losses = softplus(stats.lse_neg - stats.lse_pos) + count.log()
-    losses = torch.where(has_positives, losses, 0.0)
+    args = _sup_con_arguments(features, labels, mask, scale, contrast_mode, variant, normalize, reduction)
+    loss = _sup_con(args, group, ring, labelled=labels is not None)
     if base_temperature is not None:
-        losses = losses * (scale * base_temperature).reciprocal().to(losses.dtype)
-    if group is not None:
-        return distributed.group_reduce(losses, losses.shape[0], reduction, group)
-    return reduce(losses, reduction)
+        loss = loss * (scale * base_temperature).reciprocal().to(loss.dtype)
+    return loss
 
 
-def _sup_con_problem(
+def _sup_con_arguments(
     features: Tensor,
     labels: Tensor | None,
     mask: Tensor | None,
     scale: Tensor,
     contrast_mode: str,
+    variant: str,
     normalize: bool,
-) -> Problem:
+    reduction: str,
+) -> SupCon:
     samples, views = features.shape[0], features.shape[1] if features.dim() == 3 else 1
-    key = (
+    rows = (
         features.transpose(0, 1).flatten(0, 1) if features.dim() == 3 else features
     )  # [V * B, D], view-major
     table = None
@@ -280,27 +269,26 @@ def _sup_con_problem(
                 f"{tuple(features.shape)}, got {tuple(labels.shape)}"
             )
         sample_ids = check_ids("labels", labels, features)
-    positive_key, exclude_key = (
-        sample_ids.repeat(views),
-        torch.arange(samples * views, device=features.device),
+    every_id = sample_ids.repeat(views)
+    if contrast_mode == "all" or views == 1:
+        return SupCon(rows, None, scale, every_id, None, normalize, variant, reduction, table)
+    return SupCon(
+        rows[:samples], rows, scale, every_id[:samples], every_id, normalize, variant, reduction, table
     )
-    anchors = slice(None) if contrast_mode == "all" else slice(samples)
-    whole = contrast_mode == "all" or views == 1
-    return Problem(
-        query=key if whole else key[anchors],
-        key=key,
-        scale=scale,
-        key_bias=None,
-        key_scale=None,
-        positive_query=positive_key[anchors],
-        positive_key=positive_key,
-        positive_table=table,
-        exclude_query=exclude_key[anchors],
-        exclude_key=exclude_key,
-        normalize=normalize,
-        columns=False,
-        symmetric=whole and table is None,
-    )
+
+
+def _sup_con(args: SupCon, group: dist.ProcessGroup | None, ring: bool, labelled: bool) -> Tensor:
+    if group is not None:
+        stats = distributed.group_stats(args.problem(), group, ring, labelled=labelled)
+    else:
+        backend = dispatch.choose(dispatch.Request.of_loss(args))
+        if backend.serves_whole(args):
+            return ops.sup_con(args)
+        stats = problem_stats(args.problem(), backend=backend.name)
+    losses = args.losses(stats.lse_neg, stats.lse_pos, stats.pos_sum, stats.pos_count)
+    if group is not None:
+        return distributed.group_reduce(losses, losses.shape[0], args.reduction, group)
+    return reduce(losses, args.reduction)
 
 
 def _positive_table(mask: Tensor, samples: int, features: Tensor) -> Tensor:
@@ -322,7 +310,7 @@ def _one_positive(args: OnePositive, group: dist.ProcessGroup | None = None, rin
     if group is not None:
         return distributed.one_positive(args, group, ring)
     backend = dispatch.choose(dispatch.Request.of_loss(args))
-    if args.reduction != "none" and backend.whole_loss:
+    if backend.serves_whole(args):
         return ops.one_positive(args, backend.name)
     args = args.in_compute_dtype()
     stats = problem_stats(args.problem(), args.layout == PAIRS, backend.name)

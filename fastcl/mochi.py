@@ -91,8 +91,8 @@ def mochi_loss(
     else:
         draws = _checked_draws(draws, query, n_hard, n_mix, n_query_mix)
     scale = inverse_scalar("temperature", temperature, query)
-    backend = dispatch.choose(dispatch.Request.of(query))
     args = Mochi(query, positive_key, scale, queue.keys, *draws, n_hard)
+    backend = dispatch.choose(dispatch.Request.of_mochi(args))
     return reduce(ops.mochi(args, backend.name), reduction)
 
 

@@ -15,6 +15,7 @@ from fastcl import chunked, cpu, cuda, gradients, reference
 from fastcl.numerics import compute_dtype
 from fastcl.one_positive import OnePositive
 from fastcl.problem import Mochi, Needs, Problem, TopK
+from fastcl.sup_con import SupCon
 
 _MODULES: dict[str, ModuleType] = {"reference": reference, "chunked": chunked, "cpu": cpu, "cuda": cuda}
 
@@ -48,6 +49,12 @@ for _name in _ONE_POSITIVE:
         "Tensor? negative_ids, int layout, bool normalize, bool normalize_negatives, bool mean, int needs)"
         " -> (Tensor loss, Tensor grad_query, Tensor grad_positive, Tensor grad_negatives, Tensor grad_scale)"
     )
+# no backend's but the extension's, per device
+_library.define(
+    "sup_con(Tensor query, Tensor? key, Tensor scale, Tensor query_labels, Tensor? key_labels, "
+    "bool normalize, bool log_of_mean, bool mean, int needs)"
+    " -> (Tensor loss, Tensor grad_query, Tensor grad_key, Tensor grad_scale)"
+)
 _library.define(
     "topk(Tensor query, Tensor key, int k, Tensor? exclude_query, Tensor? exclude_key, "
     "bool normalize, str backend) -> (Tensor values, Tensor indices)"
@@ -75,15 +82,25 @@ def stats(problem: Problem, backend: str, weighted_keys: bool = False) -> tuple[
 
 def one_positive(args: OnePositive, backend: str) -> Tensor:
     """The 'mean' or 'sum' loss, differentiable, by one op."""
+    name = _ONE_POSITIVE[backend == "triton"]
+    return _whole_loss(name, args[:4], *args[:-1], args.reduction == "mean")
+
+
+def sup_con(args: SupCon) -> Tensor:
+    """As :func:`one_positive`."""
+    flags = (args.normalize, args.variant == "in", args.reduction == "mean")
+    return _whole_loss("sup_con", args[:3], *args[:5], *flags)
+
+
+def _whole_loss(name: str, differentiable: tuple[Tensor | None, ...], *arguments: Any) -> Tensor:
     needs = 0
     if torch.is_grad_enabled():
-        for bit, x in enumerate(args[:4]):
+        for bit, x in enumerate(differentiable):
             needs |= (x is not None and x.requires_grad) << bit
-    name = _ONE_POSITIVE[backend == "triton"]
     call = getattr(torch.ops.fastcl, name).default
     if needs and not torch.compiler.is_compiling():
-        call = _ONE_POSITIVE_FUNCTIONS[name].apply  # where the dispatcher would arrive, without the way there
-    loss: Tensor = call(*args[:-1], args.reduction == "mean", needs)[0]
+        call = _WHOLE_LOSS_FUNCTIONS[name].apply  # where the dispatcher would arrive, without the way there
+    loss: Tensor = call(*arguments, needs)[0]
     return loss
 
 
@@ -179,13 +196,23 @@ def _fake_stats_backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_one_positive(*args: Any) -> tuple[Tensor, ...]:
-    query, needs = args[0], args[-1]
+    return _fake_whole_loss(args[:3], args[3], args[-1])
+
+
+def _fake_sup_con(*args: Any) -> tuple[Tensor, ...]:
+    return _fake_whole_loss(args[:2], args[2], args[-1])
+
+
+def _fake_whole_loss(inputs: tuple[Tensor | None, ...], scale: Tensor, needs: int) -> tuple[Tensor, ...]:
+    query = inputs[0]
+    assert query is not None
     dtype = compute_dtype(query.dtype)
     grads = (
         query.new_empty(x.shape if x is not None and needs >> bit & 1 else (0,), dtype=dtype)
-        for bit, x in enumerate(args[:3])
+        for bit, x in enumerate(inputs)
     )
-    return (query.new_empty((), dtype=dtype), *grads, args[3].new_empty(() if needs >> 3 & 1 else (0,)))
+    grad_scale = scale.new_empty(() if needs >> len(inputs) & 1 else (0,))
+    return (query.new_empty((), dtype=dtype), *grads, grad_scale)
 
 
 def _fake_topk(query: Tensor, key: Tensor, k: int, *args: Any) -> tuple[Tensor, Tensor]:
@@ -214,6 +241,7 @@ for _name, _kernel, _fake in (
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     register_fake(f"fastcl::{_name}", _fake)
 register_fake("fastcl::one_positive", _fake_one_positive)
+register_fake("fastcl::sup_con", _fake_sup_con)
 
 
 def _register_autograd(name: str, save: Callable[..., None], gradient: Callable[..., Any]) -> Any:
@@ -249,8 +277,11 @@ def _register_autograd(name: str, save: Callable[..., None], gradient: Callable[
 
 
 _register_autograd("stats_forward", gradients.save_stats, gradients.stats_gradient)
-_ONE_POSITIVE_FUNCTIONS = {
-    name: _register_autograd(name, gradients.save_one_positive, gradients.one_positive_gradient)
-    for name in _ONE_POSITIVE
+_WHOLE_LOSS_FUNCTIONS = {
+    name: _register_autograd(name, save, gradient)
+    for name, save, gradient in (
+        *((name, gradients.save_one_positive, gradients.one_positive_gradient) for name in _ONE_POSITIVE),
+        ("sup_con", gradients.save_sup_con, gradients.sup_con_gradient),
+    )
 }
 _register_autograd("mochi", gradients.save_mochi, gradients.mochi_gradient)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_grid import in_place_of_the_cpu
 from hypothesis import settings
 
 import fastcl
@@ -42,6 +43,13 @@ def backend(request):
     """Every backend that serves CPU tensors here, one test each."""
     with fastcl.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def grid(monkeypatch):
+    """What the CUDA kernels are given, which then serve the public API on the host."""
+    with in_place_of_the_cpu(monkeypatch) as given:
+        yield given
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,17 @@
 """The CUDA backend where there is no GPU: it says why it is missing, and what it would not serve."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from loss_table import LOSSES, check
+from test_mochi import check as check_mochi
 
 import fastcl
 from fastcl import cuda, dispatch, native, testing
 from fastcl.one_positive import VIEWS, OnePositive
+from fastcl.problem import Mochi
+from fastcl.sup_con import SupCon
 
 built = pytest.mark.skipif(not cuda.is_built(), reason="built without CUDA kernels")
 on_gpu = pytest.mark.skipif(testing.DEVICE.type != "cuda", reason="needs FASTCL_TEST_DEVICE=cuda")
@@ -18,6 +23,18 @@ def request(samples=64, device="cuda", dtype=torch.float32, reduction="mean", ne
     z = torch.empty(samples, 8, device="meta", dtype=dtype)
     args = OnePositive(z, z, negatives, torch.ones(()), None, None, VIEWS, True, True, reduction)
     return dispatch.Request(torch.device(device), dtype, loss=args)
+
+
+def sup_con_request(samples=64, reduction="none", positive_table=None):
+    z = torch.empty(samples, 8, device="meta")
+    args = SupCon(z, None, torch.ones(()), z, None, True, "out", reduction, positive_table)
+    return replace(dispatch.Request.of_loss(args), device=torch.device("cuda"))
+
+
+def mochi_request(n_hard, dtype=torch.float32):
+    z, ranks = (torch.empty(64, 8, device="meta", dtype=x) for x in (dtype, torch.int64))
+    args = Mochi(z, z, torch.ones(()), z, ranks, ranks, z, ranks, z, n_hard)
+    return replace(dispatch.Request.of_mochi(args), device=torch.device("cuda"))
 
 
 def test_show_config_says_that_it_never_ran():
@@ -35,7 +52,8 @@ def test_selecting_it_says_what_is_missing():
 def test_auto_passes_it_over(monkeypatch):
     monkeypatch.setattr(cuda, "_limits", lambda device: H100)
     if native.missing_reason() is None:
-        assert cuda.unsupported_reasons(request()) == []
+        for asked in (request(), sup_con_request(reduction="mean"), mochi_request(n_hard=1024)):
+            assert cuda.unsupported_reasons(asked) == []
     assert dispatch.choose(request()).name != "cuda"
 
 
@@ -47,9 +65,15 @@ def test_auto_passes_it_over(monkeypatch):
         (request(dtype=torch.float64), "float64"),
         (request(reduction="none"), "mean or sum"),
         (request(negatives=torch.empty(3, 8, dtype=torch.float16)), "negatives are torch.float16"),
-        (request(samples=1441), "1441 samples"),
-        (dispatch.Request(torch.device("cuda"), torch.float32), "one positive per row"),
+        (request(samples=1561), "1561 queries"),
+        (request(samples=2161, dtype=torch.bfloat16), "2161 queries"),
+        (sup_con_request(), "whole losses only"),
+        (sup_con_request(reduction="mean", positive_table=torch.ones(8, 8)), "dense mask"),
+        (sup_con_request(samples=3121, reduction="mean"), "3121 queries"),
+        (dispatch.Request(torch.device("cuda"), torch.float32), "whole losses only"),
         (dispatch.Request(torch.device("cuda"), torch.float64, enqueue=True), "float64"),
+        (mochi_request(n_hard=1024, dtype=torch.float64), "float64"),
+        (mochi_request(n_hard=6000), "6000 hard keys"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -71,13 +95,18 @@ def test_without_a_driver_the_runtime_says_so():
 
 
 @built
-def test_the_op_has_a_cuda_kernel():
-    for name in ("fastcl::one_positive", "fastcl_native::enqueue"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+def test_the_ops_have_a_cuda_kernel():
+    for space, names in (
+        ("fastcl", ("one_positive", "sup_con")),
+        ("fastcl_native", ("enqueue", "mix_negatives")),
+    ):
+        for name in names:
+            assert hasattr(getattr(torch.ops, space), name)  # that they have a schema, too
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{space}::{name}", "CUDA")
 
 
 @on_gpu
-@pytest.mark.parametrize("name", ["nt_xent", "info_nce", "info_nce-negatives", "clip_loss"])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "info_nce-paired"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 2, 2), (63, 64, 65), (252, 507, 123), (800, 300, 128)], ids=str)
 def test_losses_on_the_gpu(name, dtype, shape):
@@ -97,6 +126,15 @@ def test_enqueue_on_the_gpu():
             with fastcl.use_backend(name):
                 queue.enqueue(keys, ids)
         torch.testing.assert_close(queues[0].state_dict(), queues[1].state_dict())
+
+
+@on_gpu
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mochi_on_the_gpu(dtype, stored):
+    with fastcl.use_backend("cuda"):
+        for reduction in ("mean", "none"):
+            check_mochi(dtype, stored, reduction)
 
 
 @on_gpu

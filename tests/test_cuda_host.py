@@ -1,14 +1,14 @@
 """The CUDA kernels, run on the host: the same source, a thread per warp, held to the same budgets."""
 
-import warnings
-
 import pytest
 import torch
 from loss_table import LOSSES, check
+from torch.library import opcheck
 
 import fastcl
 from fastcl import cuda, native, testing
-from fastcl.one_positive import BATCH, VIEWS
+from fastcl.one_positive import BATCH, VIEWS, OnePositive
+from fastcl.sup_con import SupCon
 
 pytestmark = pytest.mark.skipif(
     native.missing_reason() is not None or testing.DEVICE.type != "cpu", reason="runs in the native extension"
@@ -16,36 +16,10 @@ pytestmark = pytest.mark.skipif(
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NAMES = ("nt_xent", "info_nce", "info_nce-negatives", "clip_loss", "clip_loss-unnormalized")
-ROOMY = 1 << 30  # bytes of shared memory
+NAMES += tuple(name for name in LOSSES if name.startswith("sup_con"))
 
 every_loss = pytest.mark.parametrize("name", NAMES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-class Grid:
-    """What the kernels are given: how many blocks may live at once, and their shared memory."""
-
-    def __init__(self):
-        self.blocks, self.shared_bytes = 6, ROOMY
-
-    def __call__(self, *arguments):
-        return torch.ops.fastcl_native.host_one_positive(*arguments, self.blocks, self.shared_bytes)
-
-    def enqueue(self, *arguments):
-        torch.ops.fastcl_native.host_enqueue(*arguments[:5], self.blocks)
-
-
-@pytest.fixture
-def grid():
-    """Puts the CUDA kernels in the place of the CPU's, under the public API."""
-    grid, library = Grid(), torch.library.Library("fastcl", "IMPL")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that a kernel is overridden
-        library.impl("one_positive", grid, "CPU", allow_override=True)
-        library.impl("enqueue", grid.enqueue, "CPU")
-    with fastcl.use_backend("cpu"):
-        yield grid
-    library._destroy()
 
 
 @every_loss
@@ -171,7 +145,7 @@ def test_no_rows_one_row_and_zero_rows(name, dtype, grid):
     value, grads = testing.value_and_grads(lambda *x: loss.product(*x, loss.factor(0.1)), inputs)
     assert value[0].isfinite()
     assert all(g.isfinite().all() for g in grads)
-    if name != "clip_loss-unnormalized":
+    if not name.endswith("unnormalized"):
         assert not any(g[2].any() for g in grads)
 
 
@@ -179,7 +153,7 @@ def test_no_rows_one_row_and_zero_rows(name, dtype, grid):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_finite_in_not_a_number_out(name, value, grid):
     inputs = [x.float() for x in LOSSES[name].inputs(testing.make_case("random", (70, 9, 4)))]
-    inputs[0][1, 2] = value
+    inputs[0][1, ..., 2] = value
     got, grads = testing.value_and_grads(
         lambda *x: LOSSES[name].product(*x, LOSSES[name].factor(0.1)), inputs
     )
@@ -195,6 +169,51 @@ def test_a_nan_query_spoils_no_other_gradient(grid):
     others = torch.arange(70) != 3
     assert torch.equal(got[others], expected[others])
     assert got[3].isnan().all()
+
+
+@pytest.mark.parametrize("mode", ["all", "one"])
+@pytest.mark.parametrize("variant", ["out", "in"])
+def test_sup_con_is_an_op_and_compiles(mode, variant, grid):
+    features = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(42), requires_grad=True)
+    labels, scale = torch.tensor([0, 1, 0, 2, 1]), torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+
+    def loss(features, scale):
+        return fastcl.sup_con(features, labels, temperature=1 / scale, contrast_mode=mode, variant=variant)
+
+    rows, every_label = features.detach().transpose(0, 1).flatten(0, 1).requires_grad_(), labels.repeat(2)
+    sides = (rows, None, scale, every_label, None)
+    if mode == "one":
+        sides = (rows.detach()[:5].requires_grad_(), rows, scale, labels, every_label)
+    opcheck(
+        torch.ops.fastcl.sup_con, (*sides, True, variant == "in", True, 0b111 if mode == "one" else 0b101)
+    )
+    eager = torch.autograd.grad(loss(features, scale), (features, scale))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(features, scale), (features, scale)), eager)
+
+    def second():
+        grads = torch.autograd.grad(loss(features, scale), (features, scale), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), (features, scale))
+
+    got = second()
+    with fastcl.use_backend("reference"):
+        torch.testing.assert_close(got, second())
+
+
+def test_anchors_without_positives_count_but_add_nothing(grid):
+    features = torch.randn(6, 4, generator=torch.Generator().manual_seed(43), requires_grad=True)
+    alone = fastcl.sup_con(features, torch.arange(6))
+    assert alone.item() == 0
+    assert not torch.autograd.grad(alone, features)[0].any()
+    paired = torch.tensor([0, 0, 1, 2, 3, 4])
+    mean, total = (fastcl.sup_con(features, paired, reduction=r) for r in ("mean", "sum"))
+    torch.testing.assert_close(6 * mean, total)
+
+
+def test_temperature_over_base_temperature_scales_sup_con(grid):
+    features, labels = torch.randn(6, 4, generator=torch.Generator().manual_seed(44)), torch.arange(6) % 2
+    scaled = fastcl.sup_con(features, labels, temperature=0.1, base_temperature=0.4)
+    torch.testing.assert_close(scaled, fastcl.sup_con(features, labels, temperature=0.1) / 4)
 
 
 @pytest.mark.parametrize("name", ["nt_xent", "clip_loss"])
@@ -220,44 +239,89 @@ def test_the_bits_do_not_depend_on_the_order_of_the_warps(dtype, grid):
 
 
 def test_too_many_rows_for_the_chip_are_refused(grid):
-    z = torch.randn(2, 200, 8)
+    z = torch.randn(2, 220, 8)
     grid.blocks, grid.shared_bytes = 3, 227 << 10
-    fastcl.nt_xent(*z[:, :150])
-    with pytest.raises(RuntimeError, match=r"one_launch.*200 samples.*3 blocks"):
+    fastcl.nt_xent(*z[:, :200])
+    with pytest.raises(RuntimeError, match=r"one_launch.*440 x 440 rows.*3 blocks"):
         fastcl.nt_xent(*z)
     with pytest.raises(RuntimeError, match="CUDA kernels take float32, float16 and bfloat16"):
         fastcl.nt_xent(*z.double())
 
 
+# what is compared with what, and the loss's arguments where there is no memory behind them
+def views(samples, dtype):
+    z = torch.empty(samples, 3, dtype=dtype, device="meta")
+    return OnePositive(z, z, None, z, None, None, VIEWS, True, True, "mean")
+
+
+def batch(samples, dtype):
+    return views(samples, dtype)._replace(layout=BATCH)
+
+
+def classes(rows, dtype):
+    z = torch.empty(rows, 3, dtype=dtype, device="meta")
+    return SupCon(z, None, z, z, None, True, "out", "mean", None)
+
+
+def largest(arguments, dtype, *device):
+    low, high = 0, 1 << 16
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cuda.fits(arguments(middle, dtype), *device) else (low, middle)
+    return low
+
+
 @every_dtype
-@pytest.mark.parametrize("queue_dtype", DTYPES, ids=str)
-def test_queue(dtype, queue_dtype, grid):
-    """The rows that stay, normalized, in the order of their arrival; beyond the end the queue wraps."""
-    size, width = 21, 9
-    queue = fastcl.NegativeQueue(size, width, dtype=queue_dtype, with_ids=True)
-    rows = torch.randn(80, width + 1, generator=torch.Generator().manual_seed(40)).to(dtype)[:, :width]
-    keys, ids = queue.keys.clone(), queue.ids.clone()
-    start = 0
-    for count in (5, 0, 20, 21, 34):
-        batch, batch_ids = rows[start : start + count], torch.arange(start, start + count)
-        queue.enqueue(batch, batch_ids)
-        unit = torch.nn.functional.normalize(batch.double()).to(queue_dtype)
-        for i in range(max(0, count - size), count):
-            keys[(start + i) % size], ids[(start + i) % size] = unit[i], start + i
-        start += count
-        assert queue.pointer.item() == start % size
-        assert torch.equal(queue.ids, ids)
-        torch.testing.assert_close(queue.keys, keys)
-
-
-def test_what_fits_is_what_runs(grid):
+def test_what_fits_is_what_runs(dtype, grid):
     """The limit that keeps the backend from serving a call is the one its kernel has."""
-    blocks, shared_bytes = grid.blocks, grid.shared_bytes = 6, 120 << 10
-    limits = {}
-    for layout, loss in ((VIEWS, fastcl.nt_xent), (BATCH, fastcl.info_nce)):
-        samples = next(n for n in range(1, 999) if not cuda.fits(layout, n, 0, blocks, shared_bytes)) - 1
-        loss(*torch.randn(2, samples, 3))
+    blocks, shared_bytes = grid.blocks, grid.shared_bytes = 6, 60 << 10
+    for arguments, loss in (
+        (views, lambda n: fastcl.nt_xent(*torch.randn(2, n, 3, dtype=dtype))),
+        (batch, lambda n: fastcl.info_nce(*torch.randn(2, n, 3, dtype=dtype))),
+        (classes, lambda n: fastcl.sup_con(torch.randn(n, 3, dtype=dtype), torch.arange(n) % 4)),
+    ):
+        most = largest(arguments, dtype, blocks, shared_bytes)
+        assert loss(most).isfinite()
         with pytest.raises(RuntimeError, match="does not fit"):
-            loss(*torch.randn(2, samples + 1, 3))
-        limits[layout] = samples
-    assert limits == {VIEWS: 3 * 128 // 2, BATCH: 2 * 128}
+            loss(most + 1)
+
+
+@pytest.mark.parametrize(
+    ("device", "arguments", "in_float32", "in_half"),
+    [
+        ("H100", views, 15 * 208 // 2, 15 * 288 // 2),
+        ("H100", batch, 11 * 208, 11 * 288),
+        ("H100", classes, 15 * 208, 15 * 288),
+        ("A100", views, 14 * 160 // 2, 14 * 240 // 2),
+        ("A100", batch, 10 * 160, 10 * 240),
+        ("A100", classes, 14 * 160, 14 * 224),
+    ],
+)
+def test_largest_batches(device, arguments, in_float32, in_half):
+    """So many squares, of so many rows each, in 132 blocks of 227 KiB, or 108 of 163 KiB."""
+    limits = {"H100": (132, 227 << 10), "A100": (108, 163 << 10)}[device]
+    assert largest(arguments, torch.float32, *limits) == in_float32
+    for dtype in (torch.float16, torch.bfloat16):
+        assert largest(arguments, dtype, *limits) == in_half
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("kind", ["random", "peaked", "collapsed"])
+def test_cells_of_half_types(name, dtype, kind, grid):
+    """Where there is no room for float32: cosines in fixed point, then weights in the inputs' type."""
+    grid.shared_bytes = 60 << 10
+    of_two_views = name == "nt_xent" or name.startswith("sup_con")
+    samples = 220 if name == "sup_con-2d" else 110 if of_two_views else 150
+    case = testing.make_case(kind, (samples, 150, 40), seed=41)
+    with pytest.raises(RuntimeError, match="does not fit"):
+        LOSSES[name].product(*(x.float() for x in LOSSES[name].inputs(case)), LOSSES[name].factor(0.5))
+    for temperature in (0.5, 0.07):
+        check(LOSSES[name], case, dtype, temperature, factor_dtype=torch.float64)
+
+
+@pytest.mark.parametrize("loss", [fastcl.nt_xent, lambda x, y: fastcl.sup_con(x)])
+def test_where_there_is_no_memory_the_kernel_is_named(loss, grid):
+    z = torch.zeros(1 << 20).as_strided((400_000, 1 << 20), (0, 1)).requires_grad_()
+    with pytest.raises(RuntimeError, match="one_launch: allocating memory failed"):
+        loss(z, z)

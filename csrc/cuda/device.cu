@@ -1,23 +1,33 @@
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "cuda/device.h"
 #include "cuda/enqueue.cuh"
+#include "cuda/mochi.cuh"
 #include "cuda/one_launch.cuh"
 
 namespace fastcl {
 
 namespace {
 
-template <class T>
-__global__ void __launch_bounds__(kWarps* kLanes, 1) one_launch(const __grid_constant__ OneLaunch<T> args) {
+template <class T, class Cell, class Loss>
+__global__ void __launch_bounds__(kWarps* kLanes, 1)
+    one_launch(const __grid_constant__ OneLaunch<T> args, const __grid_constant__ Loss loss) {
   const Block block;
-  OneLaunchKernel<T>(block, args).run();
+  OneLaunchKernel<T, Cell, Loss>(block, args, loss).run();
 }
 
 template <class T, class Key>
 __global__ void __launch_bounds__(kWarps* kLanes, 1) enqueue(const __grid_constant__ Enqueue<T, Key> args) {
   enqueue_rows(Block(), args);
+}
+
+template <class T, class Key>
+__global__ void __launch_bounds__(kWarps* kLanes, 1)
+    mix_negatives(const __grid_constant__ Mixing<T, Key> args) {
+  const Block block;
+  MixingKernel<T, Key>(block, args).run();
 }
 
 void check(cudaError_t status, const char* kernel, const char* step) {
@@ -26,12 +36,13 @@ void check(cudaError_t status, const char* kernel, const char* step) {
   throw std::runtime_error(std::string(kernel) + ": " + step + " failed: " + cudaGetErrorString(status));
 }
 
-template <class Args>
-void launch(void (*kernel)(Args), const char* name, Args args, int blocks, int64_t shared_bytes,
-            void* stream) {
+// On all blocks at once; does not wait for them.
+template <class... Args>
+void launch(void (*kernel)(Args...), const char* name, int blocks, int64_t shared_bytes, void* stream,
+            const std::type_identity_t<Args>&... args) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name,
         "reserving shared memory");
-  void* parameters[] = {&args};
+  void* parameters[] = {const_cast<void*>(static_cast<const void*>(&args))...};
   check(
       cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(kWarps * kLanes),
                                   parameters, shared_bytes, static_cast<cudaStream_t>(stream)),
@@ -55,21 +66,33 @@ DeviceLimits device_limits(int index) {
           nullptr};
 }
 
-template <class T>
-void launch_one_positive(const OneLaunch<T>& args, void* stream) {
-  launch(one_launch<T>, "one_launch", args, args.plan.blocks, args.plan.shared_bytes(), stream);
+template <class T, class Loss>
+void launch_loss(const OneLaunch<T>& args, const Loss& loss, void* stream) {
+  with_cell_type<T>(args.plan, [&](auto zero) {
+    launch(one_launch<T, decltype(zero), Loss>, "one_launch", args.plan.blocks, args.plan.shared_bytes(),
+           stream, args, loss);
+  });
 }
 
 template <class T, class Key>
 void launch_enqueue(const Enqueue<T, Key>& args, int blocks, void* stream) {
-  launch(enqueue<T, Key>, "enqueue", args, blocks, 0, stream);
+  launch(enqueue<T, Key>, "enqueue", blocks, 0, stream, args);
 }
 
-#define FASTCL_INSTANTIATE(T)                                                           \
-  template void launch_one_positive<T>(const OneLaunch<T>&, void*);                     \
-  template void launch_enqueue<T, float>(const Enqueue<T, float>&, int, void*);         \
-  template void launch_enqueue<T, c10::Half>(const Enqueue<T, c10::Half>&, int, void*); \
-  template void launch_enqueue<T, c10::BFloat16>(const Enqueue<T, c10::BFloat16>&, int, void*);
+template <class T, class Key>
+void launch_mixing(const Mixing<T, Key>& args, int blocks, int64_t shared_bytes, void* stream) {
+  launch(mix_negatives<T, Key>, "mix_negatives", blocks, shared_bytes, stream, args);
+}
+
+#define FASTCL_INSTANTIATE_FOR_KEYS(T, Key)                                 \
+  template void launch_enqueue<T, Key>(const Enqueue<T, Key>&, int, void*); \
+  template void launch_mixing<T, Key>(const Mixing<T, Key>&, int, int64_t, void*);
+#define FASTCL_INSTANTIATE(T)                                                       \
+  template void launch_loss<T>(const OneLaunch<T>&, const OnePositiveLoss&, void*); \
+  template void launch_loss<T>(const OneLaunch<T>&, const SupConLoss&, void*);      \
+  FASTCL_INSTANTIATE_FOR_KEYS(T, float)                                             \
+  FASTCL_INSTANTIATE_FOR_KEYS(T, c10::Half)                                         \
+  FASTCL_INSTANTIATE_FOR_KEYS(T, c10::BFloat16)
 FASTCL_INSTANTIATE(float)
 FASTCL_INSTANTIATE(c10::Half)
 FASTCL_INSTANTIATE(c10::BFloat16)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/enqueue.h"
+#include "cuda/mochi.h"
 #include "cuda/one_launch.h"
 
 namespace fastcl {
@@ -14,9 +15,11 @@ struct DeviceLimits {
 DeviceLimits device_limits(int index);
 
 // On the current device; throws std::runtime_error with the kernel's name.
-template <class T>
-void launch_one_positive(const OneLaunch<T>& args, void* stream);
+template <class T, class Loss>
+void launch_loss(const OneLaunch<T>& args, const Loss& loss, void* stream);
 template <class T, class Key>
 void launch_enqueue(const Enqueue<T, Key>& args, int blocks, void* stream);
+template <class T, class Key>
+void launch_mixing(const Mixing<T, Key>& args, int blocks, int64_t shared_bytes, void* stream);
 
 }  // namespace fastcl

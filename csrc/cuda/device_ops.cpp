@@ -10,6 +10,7 @@
 
 #include "cuda/device.h"
 #include "cuda/enqueue_op.h"
+#include "cuda/mochi_op.h"
 #include "cuda/one_launch_op.h"
 
 namespace fastcl {
@@ -45,18 +46,37 @@ const Device& usable_device(int index, const char* kernel) {
   return limits.device;
 }
 
-auto one_positive(Tensor query, Tensor positive, OptionalTensor negatives, Tensor scale,
-                  OptionalTensor query_ids, OptionalTensor negative_ids, int64_t layout, bool normalize,
-                  bool normalize_negatives, bool mean, int64_t needs) {
+// run(target, launch) on the current stream of the query's device.
+template <class Run>
+void run_on_device(const Tensor& query, const Tensor& scale, const Tensor& scale_gradient, const Run& run) {
   const int device = query.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float, "one_launch: scale must be float32");
-  const LossOutputs outputs(query, positive, negatives, scale, ScalarType::Float, needs);
-  run_one_launch({query, positive, negatives, query_ids, negative_ids, static_cast<Layout>(layout), normalize,
-                  normalize_negatives, mean},
-                 outputs, usable_device(device, "one_launch"),
-                 static_cast<const float*>(scale.const_data_ptr()), out_of<float>(outputs.scale),
-                 [=](const auto& args) { launch_one_positive(args, current_stream(device)); });
+  run(Target{usable_device(device, "one_launch"), static_cast<const float*>(scale.const_data_ptr()),
+             out_of<float>(scale_gradient)},
+      [=](const auto& args, const auto& loss) { launch_loss(args, loss, current_stream(device)); });
+}
+
+auto one_positive(Tensor query, Tensor positive, OptionalTensor negatives, Tensor scale,
+                  OptionalTensor query_ids, OptionalTensor negative_ids, int64_t layout, bool normalize,
+                  bool normalize_negatives, bool mean, int64_t needs) {
+  const auto outputs = allocated(
+      "one_launch", [&] { return LossOutputs(query, positive, negatives, scale, ScalarType::Float, needs); });
+  run_on_device(query, scale, outputs.scale, [&](const Target& target, const auto& launch) {
+    run_one_positive({query, positive, negatives, query_ids, negative_ids, static_cast<Layout>(layout),
+                      normalize, normalize_negatives, mean},
+                     outputs, target, launch);
+  });
+  return outputs.all();
+}
+
+auto sup_con(Tensor query, OptionalTensor key, Tensor scale, Tensor query_labels, OptionalTensor key_labels,
+             bool normalize, bool log_of_mean, bool mean, int64_t needs) {
+  const auto outputs = allocated("one_launch", [&] { return SupConOutputs(query, key, scale, needs); });
+  run_on_device(query, scale, outputs.scale, [&](const Target& target, const auto& launch) {
+    run_sup_con({query, key, query_labels, key_labels, normalize, log_of_mean, mean}, outputs, target,
+                launch);
+  });
   return outputs.all();
 }
 
@@ -66,6 +86,21 @@ void enqueue(Tensor keys, OptionalTensor ids, Tensor pointer, Tensor new_keys, O
   const int blocks = enqueue_blocks(new_keys.size(0), usable_device(device, "enqueue"));
   run_enqueue(keys, ids, pointer, new_keys, new_ids,
               [=](const auto& args) { launch_enqueue(args, blocks, current_stream(device)); });
+}
+
+auto mix_negatives(Tensor query, Tensor positive, Tensor scale, Tensor keys, Tensor hard, Tensor queue_max,
+                   Tensor queue_sum, Tensor queue_mean, Tensor first, Tensor second, Tensor alpha,
+                   Tensor partner, Tensor beta) {
+  const int device = query.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const auto outputs = allocated("mix_negatives", [&] { return MixingOutputs(query); });
+  run_mixing({query, positive, scale, keys, hard, queue_max, queue_sum, queue_mean, first, second, alpha,
+              partner, beta},
+             outputs, usable_device(device, "mix_negatives"),
+             [=](const auto& args, int blocks, int64_t shared_bytes) {
+               launch_mixing(args, blocks, shared_bytes, current_stream(device));
+             });
+  return outputs.all();
 }
 
 // How many blocks the device runs at once, the shared memory of each, and why it cannot serve at all, or "".
@@ -81,6 +116,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastcl_native, m) { m.def("cuda_limits(int device)
 STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CompositeExplicitAutograd, m) {
   m.impl("cuda_limits", TORCH_BOX(&fastcl::cuda_limits));
 }
-STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CUDA, m) { m.impl("enqueue", TORCH_BOX(&fastcl::enqueue)); }
-// the schema is in Python
-STABLE_TORCH_LIBRARY_IMPL(fastcl, CUDA, m) { m.impl("one_positive", TORCH_BOX(&fastcl::one_positive)); }
+// the schemas of these are in host_ops.cpp
+STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CUDA, m) {
+  m.impl("enqueue", TORCH_BOX(&fastcl::enqueue));
+  m.impl("mix_negatives", TORCH_BOX(&fastcl::mix_negatives));
+}
+// of these in Python
+STABLE_TORCH_LIBRARY_IMPL(fastcl, CUDA, m) {
+  m.impl("one_positive", TORCH_BOX(&fastcl::one_positive));
+  m.impl("sup_con", TORCH_BOX(&fastcl::sup_con));
+}

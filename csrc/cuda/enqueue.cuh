@@ -15,7 +15,7 @@ FASTCL_TILE void enqueue_rows(const Block& block, const Enqueue<T, Key>& args) {
   for (int row = first + block.grid_warp(); row < args.count; row += block.grid_warps()) {
     const T* x = args.rows + row * args.stride;
     const int64_t slot = (start + row) % args.size;
-    const float inverse = inverse_norm(block, x, args.width);
+    const float inverse = inverse_norm(norm(block, x, args.width));
     block.warp_each(args.width, [&](int d) {
       args.keys[slot * args.width + d] = static_cast<Key>(static_cast<float>(x[d]) * inverse);
     });

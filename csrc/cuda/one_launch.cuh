@@ -1,51 +1,39 @@
-// A whole loss with one positive per row, gradients included, in one launch of a grid that stays.
+// A whole loss, gradients included, in one launch of a grid that stays.
 //
 // Every block computes one square of the similarity matrix and keeps it in shared memory:
 //   1  norms, and the cosines of the positives
-//   2  the square; (max, sum) of its rows and columns
+//   2  the square; statistics of its lines, which are its rows and columns
 //   3  those of all squares merged: losses; the square becomes the gradient of its logits, and its products
 //      with the unit rows of either side go to memory
 //   4  row by row: products added up in a fixed order, the positive's pull, the way back through the norm
-// with a grid barrier between them. For views (keys are queries) the squares are those on and above the
-// diagonal: each serves its rows and, as columns, the rows of its transpose.
+// with a grid barrier between them. A symmetric matrix has squares on and above the diagonal only: each
+// serves its rows and, as columns, the rows of its transpose.
 #pragma once
 
-#include "cuda/one_launch.h"
-#include "cuda/unit_rows.cuh"
+#include "cuda/loss_lines.cuh"
 
 namespace fastcl {
 inline namespace FASTCL_BODY {
 
-constexpr float kExcluded = -1e38f;  // a logit that takes no part
-constexpr float kEmptyMax = -1e37f;  // the largest logit of a line where none does
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
-
-enum Side { kQuery, kKey };
-
-template <class T>
+// Of rows of T, in cells of C.
+template <class T, class C, class Loss>
 class OneLaunchKernel {
  public:
-  FASTCL_TILE OneLaunchKernel(const Block& block, const OneLaunch<T>& args)
-      : block_(block), args_(args), plan_(args.plan) {
-    find_square();
-    char* memory = block.shared();
-    staged_[kQuery] = reinterpret_cast<T*>(memory);
-    staged_[kKey] = reinterpret_cast<T*>(memory + Plan::kStagedTile);
-    square_ = reinterpret_cast<float*>(memory + 2 * Plan::kStagedTile);
-    inverse_ = square_ + int64_t(plan_.edge) * plan_.pitch();
-    max_ = inverse_ + 2 * plan_.edge;
-    factor_ = max_ + 2 * plan_.edge;
-    positive_ = factor_ + 2 * plan_.edge;
+  FASTCL_TILE OneLaunchKernel(const Block& block, const OneLaunch<T>& args, const Loss& loss)
+      : block_(block), args_(args), loss_(loss), matrix_(args.plan.matrix), square_(block, args) {
+    terms_ = square_.after();
+    labels_ = reinterpret_cast<int64_t*>(terms_ + Loss::kTerms * 2 * args_.plan.edge);
   }
 
   FASTCL_TILE void run() {
     normalize();
     block_.grid_barrier();
-    load_inverses(kQuery);
-    load_inverses(kKey);
+    for (Side side : {kQuery, kKey}) {
+      square_.load_lines(side);
+      load_labels(side);
+    }
     block_.barrier();
-    for (int query = 0; query < count_[kQuery]; query += kTile)
-      for (int key = 0; key < count_[kKey]; key += kTile) multiply_rows(query, key);
+    square_.fill([&](int query, int key) { return is_excluded(loss_, matrix_, query, key); });
     block_.barrier();
     summarize(kQuery);
     if (column_lines()) summarize(kKey);
@@ -57,8 +45,8 @@ class OneLaunchKernel {
     if (args_.any_gradient()) {
       const float unit = form_weights();
       block_.barrier();
-      if (sums_wanted(kQuery)) multiply_weights(kQuery, unit);
-      if (sums_wanted(kKey)) multiply_weights(kKey, unit);
+      if (sums_wanted(kQuery)) add_sums(kQuery, unit);
+      if (sums_wanted(kKey)) add_sums(kKey, unit);
     }
     block_.grid_barrier();
     if (block_.index() == 0 && block_.warp() == 0) finish_scalars();
@@ -66,349 +54,216 @@ class OneLaunchKernel {
   }
 
  private:
-  static constexpr int kChunk = kStageBytes / sizeof(T), kPitch = kChunk + kStagePadding / sizeof(T);
-  static constexpr int kWarpRows = kFragment, kWarpsDown = kTile / kWarpRows,
-                       kWarpsAcross = kWarps / kWarpsDown;
-
-  // ---- who is who ----
-
-  // Blocks beyond the squares help with the rows only.
-  FASTCL_TILE void find_square() {
-    on_diagonal_ = false;
-    for (Side side : {kQuery, kKey}) position_[side] = -1, first_[side] = count_[side] = 0;
-    if (block_.index() >= plan_.squares()) return;
-    int query_block = 0, key_block = block_.index();
-    while (key_block >= plan_.key_blocks) {
-      query_block++;
-      key_block -= plan_.key_blocks - (plan_.symmetric ? query_block : 0);
-    }
-    position_[kQuery] = query_block;
-    position_[kKey] = key_block;
-    first_[kQuery] = query_block * plan_.edge;
-    first_[kKey] = plan_.first_key + key_block * plan_.edge;
-    count_[kQuery] = rows_within(first_[kQuery], plan_.queries);
-    count_[kKey] = rows_within(first_[kKey], plan_.first_key + plan_.keys);
-    on_diagonal_ = plan_.symmetric && query_block == key_block;
-  }
-  FASTCL_TILE int rows_within(int first, int end) const {
-    return end <= first ? 0 : end - first < plan_.edge ? end - first : plan_.edge;
-  }
-
-  FASTCL_TILE bool two_sided() const {
-    return args_.layout == Layout::views || args_.layout == Layout::pairs;
-  }
   // Whether the square's columns have statistics of their own, and are not the rows again.
-  FASTCL_TILE bool column_lines() const { return two_sided() && !on_diagonal_; }
+  FASTCL_TILE bool column_lines() const { return matrix_.two_sided && !square_.on_diagonal(); }
   // Each line's loss is added by one block only.
   FASTCL_TILE bool owns_lines(Side side) const {
-    if (side == kKey) return args_.layout == Layout::pairs && position_[kQuery] == 0;
-    return plan_.symmetric ? on_diagonal_ : position_[kKey] == 0;
+    if (matrix_.symmetric) return side == kQuery && square_.on_diagonal();
+    return (side == kQuery || matrix_.two_sided) && square_.position(across(side)) == 0;
   }
   FASTCL_TILE bool sums_wanted(Side side) const {
-    if (plan_.symmetric)
-      return (side == kQuery || !on_diagonal_) && (args_.gradients[0] || args_.gradients[1]);
-    if (side == kQuery) return args_.gradients[0];
-    return args_.gradients[args_.layout == Layout::negatives ? 2 : 1];
-  }
-
-  FASTCL_TILE int input_of(int row) const {
-    return row < plan_.samples ? 0 : row < 2 * plan_.samples ? 1 : 2;
-  }
-  FASTCL_TILE const T* input_row(int row) const {
-    const int input = input_of(row);
-    return args_.inputs[input].data + int64_t(row - input * plan_.samples) * args_.inputs[input].stride;
-  }
-  FASTCL_TILE int sample_of(int row) const { return row < plan_.samples ? row : row - plan_.samples; }
-  FASTCL_TILE bool excluded(int query, int key) const {
-    if (args_.layout != Layout::negatives) return sample_of(query) == sample_of(key);
-    return args_.query_ids && args_.query_ids[query] == args_.negative_ids[key - plan_.first_key];
+    if (matrix_.symmetric)
+      return (side == kQuery || !square_.on_diagonal()) && (args_.gradients[0] || args_.gradients[1]);
+    return args_.gradients[side == kQuery ? 0 : square_.input_of(matrix_.first_key)];
   }
 
   FASTCL_TILE float* work(int64_t offset) const { return args_.memory + offset; }
+  FASTCL_TILE int64_t cells() const { return int64_t(args_.plan.slots()) * matrix_.rows; }
   // The cell of the square's line among the partial results.
   FASTCL_TILE int64_t cell(Side side, int line) const {
-    return int64_t(position_[1 - side]) * plan_.rows + first_[side] + line;
+    return int64_t(square_.position(across(side))) * matrix_.rows + square_.row(side, line);
   }
-  // The square as lines of one side and positions on them.
-  FASTCL_TILE float& at(Side side, int line, int position) const {
-    return side == kQuery ? square_[line * plan_.pitch() + position]
-                          : square_[position * plan_.pitch() + line];
+  FASTCL_TILE float& term(Side side, int line, int which) const {
+    return terms_[(which * 2 + side) * args_.plan.edge + line];
   }
-  FASTCL_TILE float& inverse(Side side, int line) const { return inverse_[side * plan_.edge + line]; }
-  FASTCL_TILE float& max(Side side, int line) const { return max_[side * plan_.edge + line]; }
-  FASTCL_TILE float& factor(Side side, int line) const { return factor_[side * plan_.edge + line]; }
-  FASTCL_TILE float& positive(Side side, int line) const { return positive_[side * plan_.edge + line]; }
+  FASTCL_TILE int64_t& label(Side side, int line) const { return labels_[side * args_.plan.edge + line]; }
+  FASTCL_TILE Pair pair(Side side, int line, int position) const {
+    const float logit = square_.logit(side, line, position);
+    if constexpr (Loss::kLabels)
+      return {logit, logit != kExcluded && label(side, line) == label(across(side), position)};
+    else
+      return {logit, false};
+  }
 
   // ---- phase 1 ----
 
-  FASTCL_TILE float inverse_of(int row) const {
-    return args_.inputs[input_of(row)].normalize ? inverse_norm(block_, input_row(row), plan_.width) : 1;
+  FASTCL_TILE float norm_of(int row) const { return norm(block_, square_.input_row(row), args_.plan.width); }
+  FASTCL_TILE float inverse_of(int row, float norm) const {
+    return args_.inputs[square_.input_of(row)].normalize ? inverse_norm(norm) : 1;
   }
 
   FASTCL_TILE void normalize() const {
-    for (int row = block_.grid_warp(); row < plan_.rows; row += block_.grid_warps()) {
-      const float inverse = inverse_of(row);
-      if (block_.leader()) work(args_.work.inverse)[row] = inverse;
-      if (row >= plan_.samples) continue;
-      const T *x = input_row(row), *positive = input_row(row + plan_.samples);
-      const float product = block_.warp_sum(
-          plan_.width, [&](int d) { return static_cast<float>(x[d]) * static_cast<float>(positive[d]); });
-      const float cosine = product * inverse * inverse_of(row + plan_.samples);
-      if (block_.leader()) work(args_.work.cosine)[row] = cosine;
+    for (int row = block_.grid_warp(); row < matrix_.rows; row += block_.grid_warps()) {
+      const float norm = norm_of(row), inverse = inverse_of(row, norm);
+      if (block_.leader()) {
+        work(args_.work.inverse)[row] = inverse;
+        work(args_.work.length)[row] = Cell<C>::length(norm, inverse);
+      }
+      if constexpr (Loss::kPulls)
+        if (row < matrix_.second_input) find_cosine(row, inverse);
     }
+  }
+  FASTCL_TILE void find_cosine(int row, float inverse) const {
+    const int partner = row + matrix_.second_input;
+    const T *x = square_.input_row(row), *positive = square_.input_row(partner);
+    const float product = block_.warp_sum(
+        args_.plan.width, [&](int d) { return static_cast<float>(x[d]) * static_cast<float>(positive[d]); });
+    const float cosine = product * inverse * inverse_of(partner, norm_of(partner));
+    if (block_.leader()) work(args_.work.cosine)[row] = cosine;
   }
 
   // ---- phase 2 ----
 
-  FASTCL_TILE void load_inverses(Side side) const {
-    const float* inverses = work(args_.work.inverse) + first_[side];
-    block_.template each<1>(count_[side], [&](int line) { inverse(side, line) = inverses[line]; });
-  }
-
-  // A tile's rows, near unit length; zero beyond the matrix.
-  FASTCL_TILE void stage(Side side, int line, int from) const {
-    constexpr int kCount = Pack<T>::kCount, kPacks = kChunk / kCount;
-    if (!args_.packed) return stage_by_element(side, line, from);
-    block_.each(kTile * kPacks, [&](int i) {
-      const int row = i / kPacks, d = i % kPacks * kCount;
-      Pack<T> pack{};
-      if (line + row < count_[side] && from + d < plan_.width) {
-        pack = *reinterpret_cast<const Pack<T>*>(input_row(first_[side] + line + row) + from + d);
-        const float factor = staged_factor<T>(inverse(side, line + row));
-        FASTCL_UNROLL
-        for (T& x : pack.at) x = static_cast<T>(static_cast<float>(x) * factor);
-      }
-      *reinterpret_cast<Pack<T>*>(staged_[side] + row * kPitch + d) = pack;
-    });
-  }
-  FASTCL_TILE void stage_by_element(Side side, int line, int from) const {
-    block_.template each<1>(kTile * kChunk, [&](int i) {
-      const int row = i / kChunk, d = i % kChunk;
-      float value = 0;
-      if (line + row < count_[side] && from + d < plan_.width)
-        value = static_cast<float>(input_row(first_[side] + line + row)[from + d]) *
-                staged_factor<T>(inverse(side, line + row));
-      staged_[side][row * kPitch + d] = static_cast<T>(value);
-    });
-  }
-
-  // Of logits in log2 units. At zero the scale's gradient is still to be had from them.
-  FASTCL_TILE float logit_scale2() const {
-    const float scale = *args_.scale;
-    return scale == 0 ? 1e-30f : scale * kLog2E;
-  }
-
-  // The logits of a tile, in log2 units, from its first query and key on.
-  FASTCL_TILE void multiply_rows(int query, int key) const {
-    constexpr int kColumns = kTile / kWarpsAcross;
-    const int warp_row = block_.warp() / kWarpsAcross * kWarpRows,
-              warp_column = block_.warp() % kWarpsAcross * kColumns;
-    Accumulator<kColumns> products;
-    for (int from = 0; from < plan_.width; from += kChunk) {
-      stage(kQuery, query, from);
-      stage(kKey, key, from);
-      block_.barrier();
-      for (int depth = 0; depth < kChunk && from + depth < plan_.width; depth += kFragment) {
-        FragmentA<T> x;
-        x.load(staged_[kQuery] + warp_row * kPitch + depth, kPitch);
-        FASTCL_UNROLL
-        for (int column = 0; column < kColumns; column += kFragment) {
-          FragmentB<T> y;
-          y.load_transposed(staged_[kKey] + (warp_column + column) * kPitch + depth, kPitch);
-          products.add_product(column, x, y);
-        }
-      }
-      block_.barrier();
+  FASTCL_TILE void load_labels(Side side) const {
+    if constexpr (Loss::kLabels) {
+      const int64_t* labels = side == kQuery ? loss_.query_labels : loss_.key_labels;
+      const int first = square_.row(side, side == kQuery ? 0 : -matrix_.first_key);
+      block_.template each<1>(square_.lines(side), [&](int line) {
+        label(side, line) = line < square_.count(side) ? labels[first + line] : 0;
+      });
     }
-    const float scale2 = logit_scale2();
-    products.each([&](int row, int column, float product) {
-      const int i = query + warp_row + row, j = key + warp_column + column;
-      const bool inside = i < count_[kQuery] && j < count_[kKey];
-      const bool counts = inside && !excluded(first_[kQuery] + i, first_[kKey] + j);
-      at(kQuery, i, j) =
-          counts ? scale2 * later_factor<T>(inverse(kQuery, i)) * later_factor<T>(inverse(kKey, j)) * product
-                 : kExcluded;
-    });
   }
 
   FASTCL_TILE void summarize(Side side) const {
-    for (int line = block_.warp(); line < count_[side]; line += kWarps) {
-      const int others = count_[1 - side];
-      const float max = block_.warp_max(others, kEmptyMax, [&](int i) { return at(side, line, i); });
-      const float sum = block_.warp_sum(others, [&](int i) { return exp2f(at(side, line, i) - max); });
-      if (block_.leader()) {
-        work(args_.work.log_sum_max)[cell(side, line)] = max;
-        work(args_.work.log_sum)[cell(side, line)] = sum;
-      }
-    }
+    for (int line = block_.warp(); line < square_.count(side); line += kWarps)
+      summarize_line(
+          loss_, block_, square_.count(across(side)), [&](int i) { return pair(side, line, i); },
+          [&](int statistic, float value) {
+            if (block_.leader()) work(args_.work.statistics)[statistic * cells() + cell(side, line)] = value;
+          });
   }
 
   // ---- phase 3 ----
 
-  // Loss and slope of every line of the square; of a line without statistics, a weight of zero.
+  // Loss and weights of every line of the square.
   FASTCL_TILE void merge(Side side) const {
-    block_.template each<1>(plan_.edge, [&](int line) {
-      max(side, line) = -kExcluded;
-      factor(side, line) = positive(side, line) = 0;
-      if (line < count_[side] && (side == kQuery || two_sided())) merge_line(side, line);
+    block_.template each<1>(square_.lines(side), [&](int line) {
+      Line<Loss> merged;
+      if (line < square_.count(side) && (side == kQuery || matrix_.two_sided)) {
+        merged = merged_from_squares(side, square_.row(side, line));
+        if (owns_lines(side)) {
+          if constexpr (Loss::kPulls) work(args_.work.pull)[square_.row(side, line)] = merged.slope;
+          loss_of(side, line) = merged.loss;
+        }
+      }
+      FASTCL_UNROLL
+      for (int i = 0; i < Loss::kTerms; i++) term(side, line, i) = merged.terms[i];
     });
   }
-
-  FASTCL_TILE void merge_line(Side side, int line) const {
-    const int row = first_[side] + line;
-    const int slots = side == kQuery ? plan_.key_blocks : plan_.query_blocks;
-    const float *maxima = work(args_.work.log_sum_max) + row, *sums = work(args_.work.log_sum) + row;
-    float top = kEmptyMax, sum = 0;
-    for (int slot = 0; slot < slots; slot++) top = fmaxf(top, maxima[slot * plan_.rows]);
-    for (int slot = 0; slot < slots; slot++)
-      sum += sums[slot * plan_.rows] * exp2f(maxima[slot * plan_.rows] - top);
-    const float weight = args_.layout == Layout::pairs ? 0.5f : 1.0f;
-    float loss = 0, slope = 0;
-    if (sum != 0) {
-      const float cosine = work(args_.work.cosine)[sample_of(row)];
-      const float excess = (top + log2f(sum)) * kLn2 - *args_.scale * cosine;
-      loss = weight * (fmaxf(excess, 0) + log1pf(expf(-fabsf(excess))));
-      slope = weight / (1 + expf(-excess));
-      max(side, line) = top;
-      factor(side, line) = slope / sum;
-      positive(side, line) = logit_scale2() * cosine;
-    }
-    if (!owns_lines(side)) return;
-    work(args_.work.pull)[row] = slope;
-    loss_of(side, line) = loss;
+  FASTCL_TILE Line<Loss> merged_from_squares(Side side, int row) const {
+    const float* statistics = work(args_.work.statistics) + row;
+    float positive = 0;
+    if constexpr (Loss::kPulls)
+      positive = square_.logit_scale2() *
+                 work(args_.work.cosine)[row < matrix_.second_input ? row : row - matrix_.second_input];
+    return merged_line(
+        loss_, side == kQuery ? args_.plan.key_blocks : args_.plan.query_blocks,
+        [&](int which, int slot) { return statistics[which * cells() + int64_t(slot) * matrix_.rows]; },
+        positive);
   }
 
   // Where the tiles were staged there is room for the losses.
   FASTCL_TILE float& loss_of(Side side, int line) const {
-    return reinterpret_cast<float*>(staged_[kQuery])[side * plan_.edge + line];
+    return square_.instead_of_tiles()[side * args_.plan.edge + line];
   }
   FASTCL_TILE void add_losses() const {
     if (block_.warp() != 0) return;
     const float sum = sum_of_losses(kQuery) + sum_of_losses(kKey);
     if (block_.leader()) work(args_.work.block_loss)[block_.index()] = sum;
   }
-
   FASTCL_TILE float sum_of_losses(Side side) const {
     if (!owns_lines(side)) return 0;
-    return block_.warp_sum(count_[side], [&](int line) { return loss_of(side, line); });
+    return block_.warp_sum(square_.count(side), [&](int line) { return loss_of(side, line); });
   }
 
+  FASTCL_TILE float largest_weight_of(Side side) const {
+    return block_.warp_max(square_.lines(side), 1e-30f, [&](int line) {
+      return largest_weight(loss_, [&](int which) { return term(side, line, which); });
+    });
+  }
   // Logits become their gradients, in units (returned) that bring the largest to 1 or 2: in half types they
   // would underflow, and many equal ones should be exact.
   FASTCL_TILE float form_weights() const {
-    const float unit = block_.warp_max(2 * plan_.edge, 1e-30f, [&](int i) { return factor_[i]; });
+    const float unit = fmaxf(largest_weight_of(kQuery), largest_weight_of(kKey));
     const float inverse_unit = 1 / unit;
-    const int rows = (count_[kQuery] + kTile - 1) / kTile * kTile,
-              columns = (count_[kKey] + kTile - 1) / kTile * kTile;
     float along_scale = 0;
-    for (int i = block_.warp(); i < rows; i += kWarps)
-      along_scale += block_.warp_sum(columns, [&](int j) {
-        float& logit = at(kQuery, i, j);
-        const float by_row = exp2f(logit - max(kQuery, i)) * factor(kQuery, i),
-                    by_column = exp2f(logit - max(kKey, j)) * factor(kKey, j);
-        const float along_row = by_row * (logit - positive(kQuery, i)),
-                    along_column = by_column * (logit - positive(kKey, j));
-        logit = (by_row + by_column) * inverse_unit;
-        return on_diagonal_ ? along_row : along_row + along_column;
+    for (int i = block_.warp(); i < square_.lines(kQuery); i += kWarps)
+      along_scale += block_.warp_sum(square_.lines(kKey), [&](int j) {
+        const Pair at = pair(kQuery, i, j);
+        const float by_row = weight_of(loss_, at, [&](int which) { return term(kQuery, i, which); }),
+                    by_column = weight_of(loss_, at, [&](int which) { return term(kKey, j, which); });
+        const float along_row = by_row * (at.logit - term(kQuery, i, kCentre)),
+                    along_column = by_column * (at.logit - term(kKey, j, kCentre));
+        square_.at(kQuery, i, j).stored = static_cast<C>((by_row + by_column) * inverse_unit);
+        return square_.on_diagonal() ? along_row : along_row + along_column;
       });
     if (block_.leader()) work(args_.work.along_scale)[block_.grid_warp()] = along_scale;
     return unit;
   }
 
-  // The lines of one side times the other side's unit rows.
-  FASTCL_TILE void multiply_weights(Side side, float unit) const {
-    constexpr int kColumns = kChunk / kWarpsAcross;
-    const int warp_row = block_.warp() / kWarpsAcross * kWarpRows,
-              warp_column = block_.warp() % kWarpsAcross * kColumns;
-    const Side other = side == kQuery ? kKey : kQuery;
-    for (int tile = 0; tile < count_[side]; tile += kTile)
-      for (int from = 0; from < plan_.width; from += kChunk) {
-        Accumulator<kColumns> sums;
-        for (int others = 0; others < count_[other]; others += kTile) {
-          stage(other, others, from);
-          block_.barrier();
-          for (int depth = 0; depth < kTile; depth += kFragment) {
-            FragmentA<T> weights;
-            weights.fill([&](int row, int i) {
-              const int position = others + depth + i;
-              return at(side, tile + warp_row + row, position) * later_factor<T>(inverse(other, position));
-            });
-            FASTCL_UNROLL
-            for (int column = 0; column < kColumns; column += kFragment) {
-              if (from + warp_column + column >= plan_.width) break;
-              FragmentB<T> rows;
-              rows.load(staged_[other] + depth * kPitch + warp_column + column, kPitch);
-              sums.add_product(column, weights, rows);
-            }
-          }
-          block_.barrier();
-        }
-        sums.each([&](int row, int column, float sum) {
-          const int line = tile + warp_row + row;
-          const int d = from + warp_column + column;
-          if (line < count_[side] && d < plan_.width)
-            work(args_.work.sums)[cell(side, line) * plan_.width + d] = sum * unit;
-        });
-      }
+  FASTCL_TILE void add_sums(Side side, float unit) const {
+    square_.multiply_weights(side, [&](int line, int d, float sum) {
+      work(args_.work.sums)[cell(side, line) * args_.plan.width + d] = sum * unit;
+    });
   }
 
   // ---- phase 4 ----
 
-  FASTCL_TILE float incoming() const { return args_.mean ? 1.0f / plan_.queries : 1.0f; }
+  FASTCL_TILE float incoming() const { return args_.mean ? 1.0f / matrix_.queries : 1.0f; }
 
   FASTCL_TILE void finish_scalars() const {
-    const float loss = block_.warp_sum(plan_.blocks, [&](int i) { return work(args_.work.block_loss)[i]; });
-    if (block_.leader()) *args_.loss = args_.mean ? loss / plan_.queries : loss;
+    const float loss =
+        block_.warp_sum(args_.plan.blocks, [&](int i) { return work(args_.work.block_loss)[i]; });
+    if (block_.leader()) *args_.loss = args_.mean ? loss / matrix_.queries : loss;
     if (!args_.scale_gradient) return;
     const float sum =
         block_.warp_sum(block_.grid_warps(), [&](int i) { return work(args_.work.along_scale)[i]; });
-    if (block_.leader()) *args_.scale_gradient = sum / logit_scale2() * incoming();
+    if (block_.leader()) *args_.scale_gradient = sum / square_.logit_scale2() * incoming();
   }
 
   FASTCL_TILE void finish_rows() const {
-    for (int row = block_.grid_warp(); row < plan_.rows; row += block_.grid_warps())
-      if (const int input = input_of(row); args_.gradients[input]) finish_row(row, input);
+    for (int row = block_.grid_warp(); row < matrix_.rows; row += block_.grid_warps())
+      if (const int input = square_.input_of(row); args_.gradients[input]) finish_row(row, input);
   }
 
   FASTCL_TILE void finish_row(int row, int input) const {
-    const int width = plan_.width;
-    const int64_t step = int64_t(plan_.rows) * width;
-    const bool query = row < plan_.queries;
-    const bool key = row >= plan_.first_key && row < plan_.first_key + plan_.keys;
-    const int slots = query ? plan_.key_blocks : key ? plan_.query_blocks : 0;
-    const float* inverses = work(args_.work.inverse);
-    const float inverse = inverses[row];
-    const T *x = input_row(row), *positive = x;
+    const int width = args_.plan.width;
+    const int64_t step = int64_t(matrix_.rows) * width;
+    const bool key = row >= matrix_.first_key && row < matrix_.first_key + matrix_.keys;
+    const int slots = row < matrix_.queries ? args_.plan.key_blocks : key ? args_.plan.query_blocks : 0;
+    const float inverse = work(args_.work.inverse)[row];
+    const T *x = square_.input_row(row), *positive = x;
     float pull = 0;  // towards the unit row of the positive
-    if (input < 2) {
-      const int sample = sample_of(row), partner = input == 0 ? row + plan_.samples : sample;
-      const float* pulls = work(args_.work.pull);
-      positive = input_row(partner);
-      pull = (pulls[sample] + (two_sided() ? pulls[sample + plan_.samples] : 0)) * inverses[partner];
-    }
+    if constexpr (Loss::kPulls)
+      if (input < 2) {
+        const int samples = matrix_.second_input, sample = row - input * samples,
+                  partner = input == 0 ? row + samples : sample;
+        const float* pulls = work(args_.work.pull);
+        positive = square_.input_row(partner);
+        pull = (pulls[sample] + (matrix_.two_sided ? pulls[sample + samples] : 0)) *
+               work(args_.work.inverse)[partner];
+      }
     float* sums = work(args_.work.sums) + int64_t(row) * width;
     const float radial = block_.warp_sum(width, [&](int d) {
-      float sum = -pull * static_cast<float>(positive[d]);
+      float sum = 0;
+      if constexpr (Loss::kPulls) sum = -pull * static_cast<float>(positive[d]);
       for (int slot = 0; slot < slots; slot++) sum += sums[slot * step + d];
       sums[d] = sum;
       return sum * static_cast<float>(x[d]) * inverse;
     });
     const bool projected = args_.inputs[input].normalize && inverse < kLargestInverse;
     const float along = projected ? radial * inverse : 0, scale = *args_.scale * inverse * incoming();
-    float* to = args_.gradients[input] + int64_t(row - input * plan_.samples) * width;
+    float* to = args_.gradients[input] + int64_t(square_.row_of_input(row, input)) * width;
     block_.warp_each(width, [&](int d) { to[d] = (sums[d] - static_cast<float>(x[d]) * along) * scale; });
   }
 
   const Block& block_;
   const OneLaunch<T>& args_;
-  const Plan& plan_;
-  int position_[2];  // of the square among squares, by side
-  int first_[2];
-  int count_[2];
-  bool on_diagonal_;
-  T* staged_[2];                                 // (kTile, kPitch) each
-  float* square_;                                // (edge, pitch)
-  float *inverse_, *max_, *factor_, *positive_;  // (2, edge) each
+  const Loss& loss_;
+  const Matrix& matrix_;
+  const Square<T, C> square_;
+  float* terms_;     // (terms, 2, edge)
+  int64_t* labels_;  // (2, edge)
 };
 
 }  // namespace FASTCL_BODY

@@ -1,16 +1,25 @@
-// From a loss op's tensors to the arguments of its kernel, for the device and for the host's run of it.
+// From the loss ops' tensors to the arguments of their kernels, for the device and for the host's run of it.
 #pragma once
+
+#include <array>
 
 #include "cuda/one_launch.h"
 #include "tensors.h"
 
 namespace fastcl {
 
-struct LossInputs {
-  Tensor query, positive;
-  OptionalTensor negatives, query_ids, negative_ids;
-  Layout layout;
-  bool normalize, normalize_negatives, mean;
+// Where a launch runs, and the scale's place there.
+struct Target {
+  const Device& device;
+  const float* scale;
+  float* scale_gradient;  // null where not wanted
+};
+
+// One input of a loss, and where its gradient goes; neither where the loss has fewer.
+struct LossInput {
+  OptionalTensor rows;
+  bool normalize = false;
+  float* gradient = nullptr;
 };
 
 template <class T>
@@ -19,52 +28,110 @@ bool is_packed(const Tensor& x) {
          x.stride(0) % Pack<T>::kCount == 0 && x.size(1) % Pack<T>::kCount == 0;
 }
 
-// launch(args) with a OneLaunch of the inputs' type.
+// launch(args) with a OneLaunch of T.
 template <class T, class Launch>
-void run_one_launch(const LossInputs& in, const LossOutputs& out, const Device& device, const float* scale,
-                    float* scale_gradient, const Launch& launch) {
-  auto input = [](const Tensor& x, bool normalize) {
-    return Input<T>{static_cast<const T*>(x.const_data_ptr()), x.stride(0), normalize};
-  };
-  const std::optional<Plan> plan = make_plan(
-      in.layout, in.query.size(0), in.negatives ? in.negatives->size(0) : 0, in.query.size(1), device);
-  STD_TORCH_CHECK(plan, "one_launch: a similarity matrix of ", in.query.size(0),
-                  " samples does not fit into ", device.blocks, " blocks of ", device.shared_bytes,
+void run_one_launch(const std::array<LossInput, 3>& inputs, const Matrix& matrix, int line_bytes,
+                    int statistics, bool mean, float* result, const Target& target, const Launch& launch) {
+  const Tensor& first = *inputs[0].rows;
+  const std::optional<Plan> plan = make_plan(matrix, first.size(1), sizeof(T), line_bytes, target.device);
+  STD_TORCH_CHECK(plan, "one_launch: a similarity matrix of ", matrix.queries, " x ", matrix.keys,
+                  " rows does not fit into ", target.device.blocks, " blocks of ", target.device.shared_bytes,
                   " bytes of shared memory");
-  OneLaunch<T> args{
-      {input(in.query, in.normalize), input(in.positive, in.normalize), {}},
-      ids_of(in.query_ids),
-      ids_of(in.negative_ids),
-      scale,
-      in.layout,
-      in.mean,
-      is_packed<T>(in.query) && is_packed<T>(in.positive) && (!in.negatives || is_packed<T>(*in.negatives)),
-      out_of<float>(out.loss),
-      {out_of<float>(out.query), out_of<float>(out.positive), out_of<float>(out.negatives)},
-      scale_gradient,
-      *plan,
-      Work(*plan, out.any_gradient()),
-      nullptr};
-  if (in.negatives) args.inputs[2] = input(*in.negatives, in.normalize_negatives);
-  const Tensor memory = torch::stable::new_empty(in.query, {args.work.total}, ScalarType::Float);
+  bool packed = true, row_gradients = false;
+  Input<T> given[3] = {};
+  for (int i = 0; i < 3; i++) {
+    const auto& [rows, normalize, gradient] = inputs[i];
+    row_gradients |= gradient != nullptr;
+    if (!rows) continue;
+    packed &= is_packed<T>(*rows);
+    given[i] = {static_cast<const T*>(rows->const_data_ptr()), rows->stride(0), normalize};
+  }
+  OneLaunch<T> args{{given[0], given[1], given[2]},
+                    packed,
+                    target.scale,
+                    mean,
+                    result,
+                    {inputs[0].gradient, inputs[1].gradient, inputs[2].gradient},
+                    target.scale_gradient,
+                    *plan,
+                    Work(*plan, statistics, row_gradients),
+                    nullptr};
+  const Tensor memory = allocated(
+      "one_launch", [&] { return torch::stable::new_empty(first, {args.work.total}, ScalarType::Float); });
   args.memory = out_of<float>(memory);
   launch(args);
 }
 
-template <class Launch>
-void run_one_launch(const LossInputs& given, const LossOutputs& out, const Device& device, const float* scale,
-                    float* scale_gradient, const Launch& launch) {
-  LossInputs in = given;
-  in.query = row_contiguous(in.query);
-  in.positive = row_contiguous(in.positive);
-  if (in.negatives) {
-    STD_TORCH_CHECK(in.negatives->scalar_type() == in.query.scalar_type(),
-                    "one_launch: negatives must have the query's dtype");
-    in.negatives = row_contiguous(*in.negatives);
+// launch(args, loss) with a OneLaunch of the inputs' type.
+template <class Loss, class Launch>
+void run_loss(std::array<LossInput, 3> inputs, const Matrix& matrix, const Loss& loss, bool mean,
+              const Tensor& result, const Target& target, const Launch& launch) {
+  const Tensor first = *inputs[0].rows;
+  for (LossInput& input : inputs) {
+    if (!input.rows) continue;
+    STD_TORCH_CHECK(input.rows->scalar_type() == first.scalar_type(),
+                    "one_launch: all inputs must have the query's dtype");
+    input.rows = row_contiguous(*input.rows);
   }
-  with_type(in.query, [&](auto zero) {
-    run_one_launch<decltype(zero)>(in, out, device, scale, scale_gradient, launch);
+  with_type(first, [&](auto zero) {
+    using T = decltype(zero);
+    run_one_launch<T>(inputs, matrix, line_bytes<Loss>(), Loss::kStatistics, mean, out_of<float>(result),
+                      target, [&](const auto& args) { launch(args, loss); });
   });
+}
+
+// The ops' own arguments, in the order of their schemas.
+
+struct OnePositiveArguments {
+  Tensor query, positive;
+  OptionalTensor negatives, query_ids, negative_ids;
+  Layout layout;
+  bool normalize, normalize_negatives, mean;
+};
+
+template <class Launch>
+void run_one_positive(const OnePositiveArguments& in, const LossOutputs& out, const Target& target,
+                      const Launch& launch) {
+  const Matrix matrix =
+      Matrix::one_positive(in.layout, in.query.size(0), in.negatives ? in.negatives->size(0) : 0);
+  const OnePositiveLoss loss{in.layout, ids_of(in.query_ids), ids_of(in.negative_ids)};
+  run_loss({{{in.query, in.normalize, out_of<float>(out.query)},
+             {in.positive, in.normalize, out_of<float>(out.positive)},
+             {in.negatives, in.normalize_negatives, out_of<float>(out.negatives)}}},
+           matrix, loss, in.mean, out.loss, target, launch);
+}
+
+struct SupConArguments {
+  Tensor query;
+  OptionalTensor key;
+  Tensor query_labels;
+  OptionalTensor key_labels;
+  bool normalize, log_of_mean, mean;
+};
+
+struct SupConOutputs {
+  Tensor loss, query, key, scale;
+
+  SupConOutputs(const Tensor& x, const OptionalTensor& y, const Tensor& factor, int64_t needs)
+      : loss(torch::stable::new_empty(x, {}, ScalarType::Float)),
+        query(output_like(x, x, ScalarType::Float, needs & 1)),
+        key(output_like(y.value_or(x), x, ScalarType::Float, y && needs & 2)),
+        scale(output_like(factor, factor, factor.scalar_type(), needs & 4)) {}
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor> all() const { return {loss, query, key, scale}; }
+};
+
+template <class Launch>
+void run_sup_con(const SupConArguments& in, const SupConOutputs& out, const Target& target,
+                 const Launch& launch) {
+  const Matrix matrix =
+      Matrix::all_pairs(in.query.size(0), in.key ? std::optional<int64_t>(in.key->size(0)) : std::nullopt);
+  const SupConLoss loss{ids_of(in.query_labels), ids_of(in.key_labels ? *in.key_labels : in.query_labels),
+                        in.log_of_mean};
+  run_loss({{{in.query, in.normalize, out_of<float>(out.query)},
+             {in.key, in.normalize, out_of<float>(out.key)},
+             {}}},
+           matrix, loss, in.mean, out.loss, target, launch);
 }
 
 }  // namespace fastcl

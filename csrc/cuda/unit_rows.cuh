@@ -10,13 +10,16 @@ inline namespace FASTCL_BODY {
 
 constexpr float kLargestInverse = 1e12f;  // norms below its inverse are not differentiated
 
-// 1 / norm; 0 for a zero row, which so stays zero.
 template <class T>
-FASTCL_TILE float inverse_norm(const Block& block, const T* x, int width) {
-  const float norm = sqrtf(block.warp_sum(width, [&](int d) {
+FASTCL_TILE float norm(const Block& block, const T* x, int width) {
+  return sqrtf(block.warp_sum(width, [&](int d) {
     const float value = x[d];
     return value * value;
   }));
+}
+
+// 0 for a zero row, which so stays zero.
+FASTCL_TILE float inverse_norm(float norm) {
   return norm == 0 ? 0 : norm < 1 / kLargestInverse ? kLargestInverse : 1 / norm;
 }
 

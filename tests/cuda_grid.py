@@ -1,0 +1,51 @@
+"""The CUDA backend on the host: its kernels run on CPU tensors, a thread per warp."""
+
+import warnings
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+import fastcl
+from fastcl import cuda, dispatch, ops
+
+ROOMY = 1 << 30  # bytes of shared memory
+
+
+class Grid:
+    """What the kernels are given: how many blocks may live at once, and their shared memory."""
+
+    def __init__(self):
+        self.blocks, self.shared_bytes = 6, ROOMY
+
+    def one_positive(self, *arguments):
+        return torch.ops.fastcl_native.host_one_positive(*arguments, self.blocks, self.shared_bytes)
+
+    def sup_con(self, *arguments):
+        return torch.ops.fastcl_native.host_sup_con(*arguments, self.blocks, self.shared_bytes)
+
+    def mix_negatives(self, *arguments):
+        return torch.ops.fastcl_native.host_mix_negatives(*arguments, self.blocks, self.shared_bytes)
+
+    def enqueue(self, *arguments):
+        torch.ops.fastcl_native.host_enqueue(*arguments, self.blocks)
+
+
+@contextmanager
+def in_place_of_the_cpu(monkeypatch):
+    """Puts the CUDA backend in the place of the CPU's, and its kernels' runs on the host in theirs."""
+    grid = Grid()
+    losses, others = (torch.library.Library(name, "IMPL") for name in ("fastcl", "fastcl_native"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that a kernel is overridden
+        losses.impl("one_positive", grid.one_positive, "CPU", allow_override=True)
+    losses.impl("sup_con", grid.sup_con, "CPU")
+    others.impl("mix_negatives", grid.mix_negatives, "CPU")
+    others.impl("enqueue", grid.enqueue, "CPU")
+    monkeypatch.setitem(ops._MODULES, "cpu", cuda)
+    serves_all = replace(dispatch._BACKENDS["cpu"], whole_losses=dispatch._BACKENDS["cuda"].whole_losses)
+    monkeypatch.setitem(dispatch._BACKENDS, "cpu", serves_all)
+    with fastcl.use_backend("cpu"):
+        yield grid
+    losses._destroy()
+    others._destroy()

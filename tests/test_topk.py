@@ -127,6 +127,16 @@ def test_no_gradient(backend):
     assert not indices.requires_grad
 
 
+def test_a_key_of_nan_comes_first_among_many(backend):
+    query, key = integers(3, 8, 14).float(), integers(3000, 8, 15).float()
+    others, _ = fastcl.similarity_topk(query, key, 7)
+    key[85] = torch.nan
+    values, indices = fastcl.similarity_topk(query, key, 7)
+    assert values[:, 0].isnan().all()
+    assert (indices[:, 0] == 85).all()
+    assert (values[:, 1:] >= others[:, 1:]).all()
+
+
 def test_nan_neither_hangs_nor_crashes_and_spoils_its_own_row_only(backend):
     query, key = integers(6, 4, 12).float(), integers(30, 4, 13).float()
     expected = fastcl.similarity_topk(query, key, 5)

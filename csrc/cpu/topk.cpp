@@ -42,6 +42,22 @@ void scan(const Problem<T>& problem, int64_t parts, Selector<T>& selector) {
   });
 }
 
+template <class T>
+constexpr Order<T> kSign = ~(std::numeric_limits<Order<T>>::max() >> 1);
+
+template <class T>
+Order<T> order_of(T value) {
+  if (std::isnan(value)) return 0;
+  const auto bits = std::bit_cast<Order<T>>(value + T(0));  // one zero only
+  return bits & kSign<T> ? bits : ~kSign<T> - bits;
+}
+
+template <class T>
+T value_of(Order<T> order) {
+  if (order == 0) return std::numeric_limits<T>::quiet_NaN();
+  return std::bit_cast<T>(order & kSign<T> ? order : ~kSign<T> - order);
+}
+
 // For each query a value that `rank` of `sampled` evenly chosen keys lie above.
 template <class T>
 void estimate_thresholds(const Problem<T>& problem, int64_t sampled, int64_t rank, T* thresholds) {
@@ -64,21 +80,6 @@ void estimate_thresholds(const Problem<T>& problem, int64_t sampled, int64_t ran
 }
 
 }  // namespace
-
-template <class T>
-Order<T> order_of(T value) {
-  if (std::isnan(value)) return 0;
-  const auto bits = std::bit_cast<Order<T>>(value + T(0));  // one zero only
-  constexpr Order<T> kSign = ~(std::numeric_limits<Order<T>>::max() >> 1);
-  return bits & kSign ? bits : ~kSign - bits;
-}
-
-template <class T>
-T value_of(Order<T> order) {
-  constexpr Order<T> kSign = ~(std::numeric_limits<Order<T>>::max() >> 1);
-  if (order == 0) return std::numeric_limits<T>::quiet_NaN();
-  return std::bit_cast<T>(order & kSign ? order : ~kSign - order);
-}
 
 template <class T>
 Selector<T>::Selector(const Problem<T>& problem, int64_t k, int64_t parts, bool estimate)

@@ -11,10 +11,6 @@ namespace fastcl {
 // A value as an unsigned number, in descending order of values; NaN comes first, as in torch.topk.
 template <class T>
 using Order = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-template <class T>
-Order<T> order_of(T value);
-template <class T>
-T value_of(Order<T> order);
 
 // Collects each query's best k logits from tiles. Keys below a threshold are dropped at once: where k is
 // small against the keys, a first one is estimated from a sample of them, so that little more than k

@@ -19,12 +19,20 @@ CHOICES = ("none", "cpu", "cuda", "auto")
 BUILD = os.environ.get("FASTCL_BUILD", "auto")
 
 # one object per level from the same source; the level in use is chosen at run time
+AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
+QUIET = ["-Wno-maybe-uninitialized"]  # gcc 12 and 13 warn of their own intrinsics
 ISA_FLAGS = {
     "generic": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+    "avx512": AVX512_FLAGS,
+    "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16", *QUIET],
+    "amx": [*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", *QUIET],
 }
-CPU_SOURCES = [path for path in Path("csrc/cpu").glob("*.cpp") if path.name != "kernels.cpp"]
+ISA_SOURCES = {
+    "csrc/cpu/kernels.cpp": ("generic", "avx2", "avx512"),
+    "csrc/cpu/bfloat16.cpp": ("avx512_bf16", "amx"),
+}
+CPU_SOURCES = [path for path in Path("csrc/cpu").glob("*.cpp") if str(path) not in ISA_SOURCES]
 CPU_SOURCES += [Path("csrc/cuda/host_ops.cpp")]  # the CUDA kernels as the tests run them
 CUDA_SOURCES = ["csrc/cuda/device_ops.cpp"]
 # compute_80 also as PTX, which newer GPUs compile for themselves
@@ -56,15 +64,19 @@ class Build(build_ext):
         ext.include_dirs += include_paths()
         ext.library_dirs += library_paths()
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            levels = pool.map(self.compile_level, ISA_FLAGS)
+            levels = [
+                pool.submit(self.compile_level, source, level)
+                for source, levels in ISA_SOURCES.items()
+                for level in levels
+            ]
             if WITH_CUDA:
                 self.add_cuda(ext)
-            ext.extra_objects += [path for level in levels for path in level]
+            ext.extra_objects += [path for level in levels for path in level.result()]
         super().build_extension(ext)
 
-    def compile_level(self, level):
+    def compile_level(self, source, level):
         return self.compiler.compile(
-            ["csrc/cpu/kernels.cpp"],
+            [source],
             output_dir=str(Path(self.build_temp) / level),
             macros=[("FASTCL_ISA", level)],
             include_dirs=["csrc"],

@@ -2,6 +2,8 @@
 // Python hands them inputs whose last dimension is contiguous, and the outputs.
 #include <torch/csrc/stable/library.h>
 
+#include <type_traits>
+
 #include "cpu/attend.h"
 #include "cpu/mochi.h"
 #include "cpu/one_positive.h"
@@ -24,34 +26,57 @@ DType dtype_of(const Tensor& x) {
       return DType::float32;
   }
 }
+template <class T>
+const T* values_of(const OptionalTensor& x) {
+  return x ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
+}
 bool is_double(const Tensor& x) { return dtype_of(x) == DType::float64; }
 
 Input input_of(const Tensor& x) {
   return {x.const_data_ptr(), dtype_of(x), x.stride(0), x.size(0), x.size(1)};
 }
 
-// Rows of T; padded copies where they are not readable to a whole number of vectors.
+// Rows times their factors (none: 1), of any dtype.
+struct Side {
+  Tensor rows;
+  OptionalTensor factor;
+};
+
+// Rows of T; padded copies where they are not readable as such to a whole number of vectors.
 template <class T>
-Rows<T> rows_of(const Tensor& x, Buffer<T>& padded) {
+Rows<T> rows_of(const Side& side, Buffer<T>& copy) {
   const Kernels<T>& k = kernels<T>();
-  const int64_t count = x.size(0), width = x.size(1);
-  if (width % k.vector == 0) return {x.const_data_ptr(), dtype_of(x), x.stride(0), count, width, true};
-  const int64_t stride = round_up(width, k.vector);
-  padded = allocate<T>(count * stride);
-  k.load_rows(padded.get(), stride, x.const_data_ptr(), dtype_of(x), x.stride(0), count, width, nullptr);
-  return {padded.get(), dtype_of(x), stride, count, width, true};
+  const Input x = input_of(side.rows);
+  constexpr DType dtype = std::is_same_v<T, double> ? DType::float64 : DType::float32;
+  if (x.dtype == dtype && x.width % k.vector == 0 && !side.factor)
+    return {x.data, dtype, x.stride, x.count, x.width, true};
+  const int64_t stride = round_up(x.width, k.vector);
+  copy = allocate<T>(x.count * stride);
+  k.load_rows(copy.get(), stride, x.data, x.dtype, x.stride, x.count, x.width, values_of<T>(side.factor));
+  return {copy.get(), dtype, stride, x.count, x.width, true};
 }
 
 template <class T>
 struct OwnedProblem {
   Buffer<T> query, key;
+  HalfSide half_query, half_key;
   Problem<T> problem;
 
-  OwnedProblem(const Tensor& x, const Tensor& y, double scale, const OptionalTensor& bias2,
+  OwnedProblem(const Side& x, const Side& y, double scale, const OptionalTensor& bias2,
                const OptionalTensor& exclude_query, const OptionalTensor& exclude_key,
-               const OptionalTensor& positive_query, const OptionalTensor& positive_key, bool symmetric) {
-    problem.query = rows_of<T>(x, query);
-    problem.key = symmetric ? problem.query : rows_of<T>(y, key);
+               const OptionalTensor& positive_query, const OptionalTensor& positive_key, bool symmetric,
+               Precision precision) {
+    if (const int parts = bfloat16_parts({dtype_of(x.rows), dtype_of(y.rows)}, precision)) {
+      half_query = half_side({input_of(x.rows)}, values_of<float>(x.factor), parts);
+      if (!symmetric) half_key = half_side({input_of(y.rows)}, values_of<float>(y.factor), parts);
+      problem.half = {half_query.rows, symmetric ? half_query.rows : half_key.rows, parts};
+      problem.query.count = x.rows.size(0);
+      problem.key.count = y.rows.size(0);
+      problem.query.width = problem.key.width = x.rows.size(1);
+    } else {
+      problem.query = rows_of<T>(x, query);
+      problem.key = symmetric ? problem.query : rows_of<T>(y, key);
+    }
     problem.scale2 = static_cast<T>(scale * kLog2E);
     problem.bias2 = bias2 ? static_cast<const T*>(bias2->const_data_ptr()) : nullptr;
     problem.exclude = {ids_of(exclude_key), ids_of(exclude_query)};
@@ -107,13 +132,15 @@ void run_stats_forward(const OwnedProblem<T>& owned, bool columns, const Tensor&
   if (columns) write_state(stats.columns, problem.key.count, column_stats, column_state);
 }
 
-void stats_forward(Tensor x, Tensor y, double scale, OptionalTensor bias2, OptionalTensor exclude_query,
-                   OptionalTensor exclude_key, OptionalTensor positive_query, OptionalTensor positive_key,
-                   bool symmetric, bool columns, Tensor rows, Tensor row_state, Tensor column_stats,
+void stats_forward(Tensor x, OptionalTensor x_factor, Tensor y, OptionalTensor y_factor, double scale,
+                   OptionalTensor bias2, OptionalTensor exclude_query, OptionalTensor exclude_key,
+                   OptionalTensor positive_query, OptionalTensor positive_key, bool symmetric,
+                   int64_t precision, bool columns, Tensor rows, Tensor row_state, Tensor column_stats,
                    Tensor column_state, Tensor weighted) {
   auto run = [&](auto zero) {
-    const OwnedProblem<decltype(zero)> owned(x, y, scale, bias2, exclude_query, exclude_key, positive_query,
-                                             positive_key, symmetric);
+    const OwnedProblem<decltype(zero)> owned({x, x_factor}, {y, y_factor}, scale, bias2, exclude_query,
+                                             exclude_key, positive_query, positive_key, symmetric,
+                                             static_cast<Precision>(precision));
     run_stats_forward(owned, columns, rows, row_state, column_stats, column_state, weighted);
   };
   is_double(x) ? run(0.0) : run(0.0f);
@@ -154,14 +181,15 @@ void write_sums(const Partials<T>& sums, const Tensor& to) {
   });
 }
 
-void stats_backward(Tensor x, Tensor y, double scale, OptionalTensor bias2, OptionalTensor exclude_query,
-                    OptionalTensor exclude_key, OptionalTensor positive_query, OptionalTensor positive_key,
-                    bool symmetric, bool columns, Tensor grad_rows, Tensor row_state, Tensor grad_columns,
+void stats_backward(Tensor x, OptionalTensor x_factor, Tensor y, OptionalTensor y_factor, double scale,
+                    OptionalTensor bias2, OptionalTensor exclude_query, OptionalTensor exclude_key,
+                    OptionalTensor positive_query, OptionalTensor positive_key, bool symmetric,
+                    int64_t precision, bool columns, Tensor grad_rows, Tensor row_state, Tensor grad_columns,
                     Tensor column_state, Tensor query_sums, Tensor key_sums, Tensor bias_sums) {
   auto run = [&](auto zero) {
     using T = decltype(zero);
-    const OwnedProblem<T> owned(x, y, scale, bias2, exclude_query, exclude_key, positive_query, positive_key,
-                                symmetric);
+    const OwnedProblem<T> owned({x, x_factor}, {y, y_factor}, scale, bias2, exclude_query, exclude_key,
+                                positive_query, positive_key, symmetric, static_cast<Precision>(precision));
     const SideWeights<T> rows = side_weights<T>(grad_rows, row_state);
     const SideWeights<T> column_weights =
         columns ? side_weights<T>(grad_columns, column_state) : SideWeights<T>{};
@@ -177,7 +205,7 @@ void stats_backward(Tensor x, Tensor y, double scale, OptionalTensor bias2, Opti
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> one_positive_op(
     Tensor query, Tensor positive, OptionalTensor negatives, Tensor scale, OptionalTensor query_ids,
     OptionalTensor negative_ids, int64_t layout, bool normalize, bool normalize_negatives, bool mean,
-    int64_t needs) {
+    int64_t precision, int64_t needs) {
   query = row_contiguous(query);
   positive = row_contiguous(positive);
   if (negatives) negatives = row_contiguous(*negatives);
@@ -192,7 +220,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> one_positive_op(
                          static_cast<Layout>(layout),
                          normalize,
                          normalize_negatives,
-                         mean};
+                         mean,
+                         static_cast<Precision>(precision)};
   auto run = [&](auto zero) {
     using T = decltype(zero);
     one_positive<T>(args, {out_of<T>(outputs.loss), out_of<T>(outputs.query), out_of<T>(outputs.positive),
@@ -206,7 +235,8 @@ void topk_op(Tensor query, Tensor key, OptionalTensor exclude_query, OptionalTen
              Tensor values, Tensor indices) {
   auto run = [&](auto zero) {
     using T = decltype(zero);
-    OwnedProblem<T> owned(query, key, 1.0, {}, exclude_query, exclude_key, {}, {}, false);
+    OwnedProblem<T> owned({query, {}}, {key, {}}, 1.0, {}, exclude_query, exclude_key, {}, {}, false,
+                          Precision::highest);
     owned.problem.scale2 = 1;  // similarities themselves
     topk<T>(owned.problem, values.size(1), out_of<T>(values), out_of<int64_t>(indices));
   };
@@ -241,14 +271,14 @@ void force_isa_op(int64_t level) { force_isa(static_cast<Isa>(level)); }
 
 STABLE_TORCH_LIBRARY(fastcl_native, m) {
   m.def(
-      "stats_forward(Tensor x, Tensor y, float scale, Tensor? bias2, Tensor? exclude_query, Tensor? "
-      "exclude_key, "
-      "Tensor? positive_query, Tensor? positive_key, bool symmetric, bool columns, Tensor(a!) rows, "
+      "stats_forward(Tensor x, Tensor? x_factor, Tensor y, Tensor? y_factor, float scale, Tensor? bias2, "
+      "Tensor? exclude_query, Tensor? exclude_key, Tensor? positive_query, Tensor? positive_key, "
+      "bool symmetric, int precision, bool columns, Tensor(a!) rows, "
       "Tensor(b!) row_state, Tensor(c!) columns_out, Tensor(d!) column_state, Tensor(e!) weighted) -> ()");
   m.def(
-      "stats_backward(Tensor x, Tensor y, float scale, Tensor? bias2, Tensor? exclude_query, Tensor? "
-      "exclude_key, "
-      "Tensor? positive_query, Tensor? positive_key, bool symmetric, bool columns, Tensor grad_rows, "
+      "stats_backward(Tensor x, Tensor? x_factor, Tensor y, Tensor? y_factor, float scale, Tensor? bias2, "
+      "Tensor? exclude_query, Tensor? exclude_key, Tensor? positive_query, Tensor? positive_key, "
+      "bool symmetric, int precision, bool columns, Tensor grad_rows, "
       "Tensor row_state, Tensor grad_columns, Tensor column_state, Tensor(a!) query_sums, Tensor(b!) "
       "key_sums, "
       "Tensor(c!) bias_sums) -> ()");

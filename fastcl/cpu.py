@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcl.numerics import LOG2E, compute_dtype, unit_rows
+from fastcl.numerics import LOG2E, compute_dtype, matmul_precision_level, unit_rows
 from fastcl.problem import (
     Mochi,
     Needs,
@@ -61,7 +61,7 @@ def topk(args: TopK) -> tuple[Tensor, Tensor]:
     query, key = (_row_contiguous(unit_rows(x, args.normalize)) for x in (args.query, args.key))
     values = query.new_empty(query.shape[0], args.k)
     indices = torch.empty(values.shape, dtype=torch.int64)
-    exclude = (None if ids is None else ids.contiguous() for ids in (args.exclude_query, args.exclude_key))
+    exclude = (_contiguous(ids) for ids in (args.exclude_query, args.exclude_key))
     _native.topk(query, key, *exclude, values, indices)
     return values, indices
 
@@ -85,16 +85,29 @@ def _row_contiguous(x: Tensor) -> Tensor:
 
 def _native_problem(problem: Problem, prepared: Prepared) -> tuple[Tensor | float | bool | None, ...]:
     query, key = prepared.query, prepared.key
-    if problem.key_scale is not None:
-        key = key * problem.key_scale.to(key.dtype)[:, None]
-    bias2 = None if problem.key_bias is None else problem.key_bias.to(key.dtype) * LOG2E
+    query_factor = key_factor = None
+    key_scale = None if problem.key_scale is None else problem.key_scale.to(key.dtype)
+    if problem.query.dtype == problem.key.dtype == torch.bfloat16:
+        # as they are, so that products of bfloat16 are exact
+        query, query_factor = problem.query, prepared.query_inverse
+        key, key_factor = problem.key, prepared.key_inverse
+    if key_scale is not None:
+        key_factor = key_scale if key_factor is None else key_factor.squeeze(1) * key_scale
+    bias2 = None if problem.key_bias is None else problem.key_bias.to(prepared.key.dtype) * LOG2E
     ids = (problem.exclude_query, problem.exclude_key, problem.positive_query, problem.positive_key)
     return (
         _row_contiguous(query),
+        _contiguous(query_factor),
         _row_contiguous(key),
+        _contiguous(key_factor),
         float(problem.scale),
-        None if bias2 is None else bias2.contiguous(),
-        *(None if x is None else x.contiguous() for x in ids),
+        _contiguous(bias2),
+        *(_contiguous(x) for x in ids),
         problem.symmetric,
+        matmul_precision_level(),
         problem.columns,
     )
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()

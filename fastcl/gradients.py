@@ -142,7 +142,7 @@ def _second_order_one_positive(
     query, positive, negatives, scale = views
     if ctx.frozen is not None:
         negatives, negative_ids = (frozen.get() for frozen in ctx.frozen)
-    *flags, mean, _ = ctx.flags
+    *flags, mean, _, _ = ctx.flags
     reduction = "mean" if mean else "sum"
     args = OnePositive._make(
         [query, positive, negatives, scale, query_ids, negative_ids, *flags, reduction]

@@ -8,7 +8,7 @@ import torch
 
 from fastcl.checks import check_choice
 
-ISA_LEVELS = ("generic", "avx2", "avx512")
+ISA_LEVELS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 
 _LIBRARY = Path(__file__).with_name("_native.abi3.so")
 

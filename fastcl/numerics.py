@@ -11,6 +11,8 @@ LN2 = math.log(2.0)
 LOG2E = 1.0 / LN2
 NORM_EPS = 1e-12
 
+_PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
+
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -25,6 +27,11 @@ def float32_matmul_precision() -> str:
         return torch.get_float32_matmul_precision()
     except RuntimeError:  # the newer one was, and the older refuses from then on
         return {"tf32": "high", "bf16": "medium"}.get(torch.backends.cuda.matmul.fp32_precision, "highest")
+
+
+def matmul_precision_level() -> int:
+    """:func:`float32_matmul_precision` as the extension takes it."""
+    return _PRECISIONS[float32_matmul_precision()]
 
 
 def softplus(x: Tensor) -> Tensor:

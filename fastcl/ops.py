@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from fastcl import chunked, cpu, cuda, gradients, reference
-from fastcl.numerics import compute_dtype
+from fastcl.numerics import compute_dtype, matmul_precision_level
 from fastcl.one_positive import OnePositive
 from fastcl.problem import Mochi, Needs, Problem, TopK
 from fastcl.sup_con import SupCon
@@ -46,7 +46,7 @@ _ONE_POSITIVE = ("one_positive", "one_positive_triton")
 for _name in _ONE_POSITIVE:
     _library.define(
         f"{_name}(Tensor query, Tensor positive, Tensor? negatives, Tensor scale, Tensor? query_ids, "
-        "Tensor? negative_ids, int layout, bool normalize, bool normalize_negatives, bool mean, int needs)"
+        "Tensor? negative_ids, int layout, bool normalize, bool normalize_negatives, bool mean, int precision, int needs)"
         " -> (Tensor loss, Tensor grad_query, Tensor grad_positive, Tensor grad_negatives, Tensor grad_scale)"
     )
 # no backend's but the extension's, per device
@@ -83,7 +83,7 @@ def stats(problem: Problem, backend: str, weighted_keys: bool = False) -> tuple[
 def one_positive(args: OnePositive, backend: str) -> Tensor:
     """The 'mean' or 'sum' loss, differentiable, by one op."""
     name = _ONE_POSITIVE[backend == "triton"]
-    return _whole_loss(name, args[:4], *args[:-1], args.reduction == "mean")
+    return _whole_loss(name, args[:4], *args[:-1], args.reduction == "mean", matmul_precision_level())
 
 
 def sup_con(args: SupCon) -> Tensor:
@@ -149,7 +149,7 @@ def _stats_backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _one_positive_triton(*args: Any) -> tuple[Tensor, ...]:
-    *fields, mean, needs = args
+    *fields, mean, _, needs = args
     with torch.autocast(args[0].device.type, enabled=False):
         arguments = OnePositive._make([*fields, "mean" if mean else "sum"])
         outputs: tuple[Tensor, ...] = _module("triton").one_positive(arguments, needs)

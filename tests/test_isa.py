@@ -23,7 +23,7 @@ def level(request):
 
 def test_levels_are_named_and_the_best_is_used_by_default():
     best, used = native.isa_levels()
-    assert native.ISA_LEVELS == ("generic", "avx2", "avx512")
+    assert native.ISA_LEVELS == ("generic", "avx2", "avx512", "avx512_bf16", "amx")
     assert used == best
 
 

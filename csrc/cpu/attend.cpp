@@ -1,5 +1,7 @@
 #include "cpu/attend.h"
 
+#include "cpu/products.h"
+
 namespace fastcl {
 
 namespace {
@@ -14,13 +16,11 @@ int64_t lane_block(int64_t queries, int64_t largest) {
 }
 
 template <class T>
-void block_logits(const Problem<T>& problem, Tile<T> tile, const T* packed, const T* key, int64_t key_stride,
-                  int64_t query_begin, int64_t key_begin) {
-  const Kernels<T>& k = kernels<T>();
-  k.logits(tile, key, key_stride, packed, problem.query.width,
-           problem.bias2 ? problem.bias2 + key_begin : nullptr);
+void block_logits(const Problem<T>& problem, Products<T>& products, Tile<T> tile, int64_t query_begin,
+                  int64_t key_begin) {
+  products.logits(tile);
   if (problem.exclude.row)
-    k.exclude(tile, {problem.exclude.row + key_begin, problem.exclude.lane + query_begin});
+    kernels<T>().exclude(tile, {problem.exclude.row + key_begin, problem.exclude.lane + query_begin});
 }
 
 // Rescales what was summed relative to `before` to be relative to `now`.
@@ -39,23 +39,21 @@ void attend_block(const Problem<T>& problem, Selector<T>* selector, int64_t part
                   int64_t lanes, int64_t block, int64_t key_first, int64_t key_last, LogSum<T> state, T* out,
                   int64_t width, Scratch& scratch) {
   const Kernels<T>& k = kernels<T>();
-  T* packed = scratch.take<T>(kPackedSlot, block * problem.query.width);
+  const auto products = make_products(problem, kKeyRows, block, scratch);
   T* before = scratch.take<T>(kQuerySlot, block);
   Tile<T> tile{scratch.take<T>(kTileSlot, kKeyRows * block), block, 0, lanes};
   std::fill_n(out, lanes * width, T(0));
-  k.pack_lanes(packed, problem.query.row(begin), problem.query.stride, lanes, problem.query.width,
-               problem.scale2);
+  products->set_lanes(begin, lanes);
   for (int64_t key_begin = key_first; key_begin < key_last; key_begin += kKeyRows) {
     tile.rows = std::min(kKeyRows, key_last - key_begin);
-    int64_t key_stride;
-    const T* key = problem.key.tile(key_begin, tile.rows, kKeySlot, scratch, &key_stride);
-    block_logits(problem, tile, packed, key, key_stride, begin, key_begin);
+    products->set_rows(key_begin, tile.rows);
+    block_logits(problem, *products, tile, begin, key_begin);
     if (selector) selector->offer(tile, begin, part, key_begin, scratch);
     std::copy_n(state.max, lanes, before);
     k.lane_max(tile, state.max);
     rescale(lanes, before, state.max, state.sum, out, width);
     k.exponentiate(tile, state.max, state.sum);
-    k.add_to_lanes(tile, key, key_stride, out, width, width);
+    products->add_to_lanes(tile, out);
   }
 }
 
@@ -118,8 +116,8 @@ AttendedKeys<T> attend_with_keys(const Problem<T>& problem, const std::function<
 
   for_each_task(parts, [&](int64_t part, Scratch& scratch) {
     const Kernels<T>& k = kernels<T>();
-    T* packed = scratch.take<T>(kPackedSlot, block * problem.query.width);
-    T* scaled = scratch.take<T>(kQuerySlot, block * width);
+    const auto products = make_products(problem, kKeyRows, block, scratch);
+    T* factors = scratch.take<T>(kQuerySlot, block);
     T* strip = scratch.take<T>(kTileSlot, keys * block);
     std::fill(result.key.part(part), result.key.part(part) + keys * width, T(0));
     for (int64_t b = part; b < blocks; b += parts) {
@@ -130,28 +128,23 @@ AttendedKeys<T> attend_with_keys(const Problem<T>& problem, const std::function<
       auto for_tiles = [&](const auto& body) {
         for (int64_t first = 0; first < keys; first += kKeyRows) {
           const Tile<T> tile{strip + first * block, block, std::min(kKeyRows, keys - first), lanes};
-          int64_t key_stride;
-          const T* key = problem.key.tile(first, tile.rows, kKeySlot, scratch, &key_stride);
-          body(tile, first, key, key_stride);
+          products->set_rows(first, tile.rows);
+          body(tile, first);
         }
       };
-      k.pack_lanes(packed, problem.query.row(begin), problem.query.stride, lanes, problem.query.width,
-                   problem.scale2);
-      for_tiles([&](Tile<T> tile, int64_t first, const T* key, int64_t key_stride) {
-        block_logits(problem, tile, packed, key, key_stride, begin, first);
+      products->set_lanes(begin, lanes);
+      for_tiles([&](Tile<T> tile, int64_t first) {
+        block_logits(problem, *products, tile, begin, first);
         k.lane_max(tile, state.max);
       });
-      for_tiles([&](Tile<T> tile, int64_t, const T* key, int64_t key_stride) {
+      for_tiles([&](Tile<T> tile, int64_t) {
         k.exponentiate(tile, state.max, state.sum);
-        k.add_to_lanes(tile, key, key_stride, out, width, width);
+        products->add_to_lanes(tile, out);
       });
-      for (int64_t i = 0; i < lanes; i++) {
-        const T f = factor(begin + i, state.max[i], state.sum[i]);
-        for (int64_t d = 0; d < width; d++) scaled[i * width + d] = problem.query.row(begin + i)[d] * f;
-      }
-      for_tiles([&](Tile<T> tile, int64_t first, const T*, int64_t) {
-        k.add_to_rows(tile, scaled, width, result.key.row(part, first), width, width);
-      });
+      for (int64_t i = 0; i < lanes; i++) factors[i] = factor(begin + i, state.max[i], state.sum[i]);
+      products->scale_lanes(factors);
+      for_tiles(
+          [&](Tile<T> tile, int64_t first) { products->add_to_rows(tile, result.key.row(part, first)); });
     }
   });
   return result;

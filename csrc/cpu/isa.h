@@ -1,12 +1,12 @@
 // Run-time choice of the instruction set.
 #pragma once
 
-#include "cpu/kernels.h"
+#include "cpu/bfloat16.h"
 
 namespace fastcl {
 
 // In this order in ISA_LEVELS of the Python side.
-enum class Isa : int { generic, avx2, avx512 };
+enum class Isa : int { generic, avx2, avx512, avx512_bf16, amx };
 
 Isa best_isa();
 Isa current_isa();
@@ -14,5 +14,6 @@ void force_isa(Isa isa);
 
 template <class T>
 const Kernels<T>& kernels();
+const BFloat16Kernels* bfloat16_kernels();  // null without such units
 
 }  // namespace fastcl

@@ -1,8 +1,10 @@
 #include "cpu/one_positive.h"
 
 #include <numeric>
+#include <type_traits>
 
 #include "cpu/attend.h"
+#include "cpu/products.h"
 #include "cpu/stats.h"
 #include "cpu/unit_rows.h"
 
@@ -28,6 +30,7 @@ class Loss {
     problem_.bias2 = nullptr;
     problem_.symmetric = views;
     set_keys();
+    if constexpr (std::is_same_v<T, float>) set_half_rows();
     if (args.layout != Layout::negatives) {
       ids_ = allocate<int64_t>(rows_);
       for (int64_t i = 0; i < rows_; i++) ids_[i] = i % n;
@@ -69,6 +72,22 @@ class Loss {
     }
   }
 
+  void set_half_rows() {
+    const bool views = args_.layout == Layout::views, negatives = args_.layout == Layout::negatives;
+    const Input& key = negatives ? args_.negatives : args_.positive;
+    const int parts = bfloat16_parts({args_.query.dtype, key.dtype}, args_.precision);
+    if (!parts || (views && rows_ <= kSingleTile)) return;
+    if (views) {
+      half_query_ = half_side({args_.query, args_.positive}, query_, parts);
+    } else {
+      half_query_ = half_side({args_.query}, query_, parts);
+      half_key_ = negatives && !args_.normalize_negatives
+                      ? half_side({key}, static_cast<const float*>(nullptr), parts)
+                      : half_side({key}, negatives ? negatives_ : positive_, parts);
+    }
+    problem_.half = {half_query_.rows, views ? half_query_.rows : half_key_.rows, parts};
+  }
+
   const T* positive_row(int64_t i) const {
     return args_.layout == Layout::views ? query_.row((i + rows_ / 2) % rows_) : positive_.row(i);
   }
@@ -101,10 +120,13 @@ class Loss {
   void run_single_tile(bool gradients) {
     const Kernels<T>& k = kernels<T>();
     const int64_t block = round_up(rows_, kLaneUnit);
-    const Buffer<T> packed = allocate<T>(block * query_.width), similarities = allocate<T>(rows_ * block);
+    const Buffer<T> similarities = allocate<T>(rows_ * block);
     const Tile<T> tile{similarities.get(), block, rows_, rows_};
-    k.pack_lanes(packed.get(), query_.row(0), query_.stride, rows_, query_.width, problem_.scale2);
-    k.logits(tile, query_.row(0), query_.stride, packed.get(), query_.width, nullptr);
+    Scratch scratch;
+    const auto products = make_products(problem_, rows_, block, scratch);
+    products->set_lanes(0, rows_);
+    products->set_rows(0, rows_);
+    products->logits(tile);
     k.exclude(tile, problem_.exclude);
     const State<T> state = make_state<T>(rows_);
     k.lane_log_sum(tile, state.negative(0));
@@ -112,7 +134,7 @@ class Loss {
     if (!gradients) return;
     k.both_weights(tile, weights.negative(0), weights.negative(0));
     const Buffer<T> sums = allocate_filled<T>(rows_ * query_.stride, T(0));
-    k.add_to_lanes(tile, query_.row(0), query_.stride, sums.get(), query_.stride, query_.stride);
+    products->add_to_lanes(tile, sums.get());
     finish([&](int64_t i, T* sum) { std::copy_n(sums.get() + i * query_.stride, query_.stride, sum); }, {});
   }
 
@@ -214,6 +236,7 @@ class Loss {
   const OnePositive& args_;
   const OnePositiveResult<T>& result_;
   UnitRows<T> query_, positive_, negatives_;
+  HalfSide half_query_, half_key_;
   Problem<T> problem_;
   Buffer<int64_t> ids_;
   int64_t rows_;

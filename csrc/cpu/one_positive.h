@@ -13,6 +13,7 @@ struct OnePositive {
   Layout layout;
   bool normalize, normalize_negatives;
   bool mean;
+  Precision precision;
 };
 
 // Where results go; gradients are for an incoming gradient of 1, null where not wanted.

@@ -34,7 +34,7 @@ class Scratch {
     Buffer<char> memory;
     size_t bytes = 0;
   };
-  Piece pieces_[8];
+  Piece pieces_[8];  // a task's slots
 };
 
 // Calls task(index, scratch) for every index, in any order, on all threads.

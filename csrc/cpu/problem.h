@@ -17,6 +17,14 @@ constexpr double kLn2 = 0.69314718055994530942;
 constexpr int64_t kMaxBlock = 256;  // lanes or rows of a tile
 constexpr int64_t kLaneUnit = 32;   // blocks are multiples of it: whole panels at every level
 
+inline int64_t bytes_of(DType dtype) {
+  constexpr int64_t kSize[] = {8, 4, 2, 2};
+  return kSize[static_cast<int>(dtype)];
+}
+inline const void* row_of(const void* data, DType dtype, int64_t offset) {
+  return static_cast<const char*>(data) + offset * bytes_of(dtype);
+}
+
 // Rows of one side. Either of T and padded to whole vectors, or converted tile by tile as they are read.
 template <class T>
 struct Rows {
@@ -28,14 +36,8 @@ struct Rows {
   bool direct = false;
 
   const T* row(int64_t i) const { return static_cast<const T*>(data) + i * stride; }
-  int64_t element_bytes() const {
-    static constexpr int64_t kSize[] = {8, 4, 2, 2};
-    return kSize[static_cast<int>(dtype)];
-  }
-  int64_t row_bytes() const { return width * element_bytes(); }
-  const void* source(int64_t i) const {
-    return static_cast<const char*>(data) + i * stride * element_bytes();
-  }
+  int64_t row_bytes() const { return width * bytes_of(dtype); }
+  const void* source(int64_t i) const { return row_of(data, dtype, i * stride); }
 
   // `rows` rows from `first` as T; out_stride receives their stride.
   const T* tile(int64_t first, int64_t rows, int slot, Scratch& scratch, int64_t* out_stride) const {
@@ -51,17 +53,34 @@ struct Rows {
   }
 };
 
+// Both sides for products of bfloat16; parts is 0 where products are made in T.
+struct HalfProblem {
+  HalfRows query, key;
+  int parts = 0;
+};
+
 template <class T>
 struct Problem {
   Rows<T> query, key;
+  HalfProblem half;
   T scale2 = 0;              // logits in log2 units per unit of similarity
   const T* bias2 = nullptr;  // (M), log2 units, or null
   Ids exclude, positive;     // row: key ids (M), lane: query ids (N); null without the rule
   bool symmetric = false;    // key is query: tiles above the diagonal serve both sides
 };
 
-// Scratch slots of a task.
-enum Slot { kTileSlot, kPositiveSlot, kPackedSlot, kKeySlot, kSumSlot, kQuerySlot };
+// Scratch slots of a task; from kPackedSlot on those of its products.
+enum Slot {
+  kTileSlot,
+  kPositiveSlot,
+  kSumSlot,
+  kQuerySlot,
+  kPackedSlot,
+  kLaneSlot,
+  kKeySlot,
+  kRoundedSlot,
+  kSlots
+};
 
 // The tile grid and its division into tasks. It depends on shapes only: so does the order of every sum.
 // Blocks of queries are dealt to `query_parts` and blocks of keys to `key_parts`; a task is one of each.

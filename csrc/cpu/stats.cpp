@@ -1,5 +1,7 @@
 #include "cpu/stats.h"
 
+#include "cpu/products.h"
+
 namespace fastcl {
 
 namespace {
@@ -13,47 +15,45 @@ class TileWalk {
  public:
   TileWalk(const Problem<T>& problem, const Plan& plan, int64_t task, Scratch& scratch,
            const KeptTiles<T>& kept, bool made)
-      : problem_(problem), plan_(plan), task_(task), scratch_(scratch), kept_(kept), made_(made) {
+      : problem_(problem), plan_(plan), task_(task), kept_(kept), made_(made) {
     spare_ = scratch.take<T>(kTileSlot, plan.block * plan.block);
     tile_.stride = plan.block;
     positive_ = tile_;
     if (problem.positive.row) positive_.s = scratch.take<T>(kPositiveSlot, plan.block * plan.block);
-    packed_ = scratch.take<T>(kPackedSlot, plan.block * problem.query.width);
+    products_ = make_products(problem, plan.block, plan.block, scratch);
     unused_ = scratch.take<T>(kSumSlot, 2 * plan.block);
     std::fill_n(unused_, 2 * plan.block, T(0));
   }
 
-  // body(tile, positive, query_begin, key_begin, key_rows, key_stride) for each tile; `lane` and `row`
-  // receive the positives' sums and counts where given.
+  // body(tile, positive, query_begin, key_begin) for each tile; `lane` and `row` receive the positives' sums
+  // and counts where given.
   template <class Body>
   void run(const State<T>* lane, const State<T>* row, const Body& body) {
     const int64_t part = plan_.key_part(task_);
     plan_.for_query_blocks(plan_.query_part(task_), [&](int64_t block) {
       const int64_t begin = block * plan_.block;
       tile_.lanes = std::min(plan_.block, problem_.query.count - begin);
-      k_.pack_lanes(packed_, problem_.query.row(begin), problem_.query.stride, tile_.lanes,
-                    problem_.query.width, problem_.scale2);
+      products_->set_lanes(begin, tile_.lanes);
       const int64_t first = problem_.symmetric ? block : plan_.key_begin(part);
       for (int64_t j = first; j < plan_.key_end(part); j++) {
         const int64_t key_begin = j * plan_.block;
         tile_.rows = std::min(plan_.block, problem_.key.count - key_begin);
-        int64_t key_stride;
-        const T* key = problem_.key.tile(key_begin, tile_.rows, kKeySlot, scratch_, &key_stride);
+        products_->set_rows(key_begin, tile_.rows);
         T* const kept = kept_.tile(block, j);
         tile_.s = kept ? kept : spare_;
         if (!kept || !made_)
-          make_logits(key, key_stride, begin, key_begin, lane,
-                      problem_.symmetric && j == block ? nullptr : row);
-        body(tile_, positive_, begin, key_begin, key, key_stride);
+          make_logits(begin, key_begin, lane, problem_.symmetric && j == block ? nullptr : row);
+        body(tile_, positive_, begin, key_begin);
       }
     });
   }
+  // Of the present tile.
+  Products<T>& products() { return *products_; }
 
  private:
-  void make_logits(const T* key, int64_t key_stride, int64_t begin, int64_t key_begin, const State<T>* lane,
-                   const State<T>* row) {
+  void make_logits(int64_t begin, int64_t key_begin, const State<T>* lane, const State<T>* row) {
     const Problem<T>& p = problem_;
-    k_.logits(tile_, key, key_stride, packed_, p.query.width, p.bias2 ? p.bias2 + key_begin : nullptr);
+    products_->logits(tile_);
     if (p.exclude.row) k_.exclude(tile_, {p.exclude.row + key_begin, p.exclude.lane + begin});
     if (!p.positive.row) return;
     positive_.rows = tile_.rows;
@@ -70,12 +70,12 @@ class TileWalk {
   const Problem<T>& problem_;
   const Plan& plan_;
   const int64_t task_;
-  Scratch& scratch_;
   const KeptTiles<T>& kept_;
   const bool made_;
   const Kernels<T>& k_ = kernels<T>();
+  std::unique_ptr<Products<T>> products_;
   Tile<T> tile_, positive_;
-  T *spare_, *packed_, *unused_;
+  T *spare_, *unused_;
 };
 
 template <class T>
@@ -126,19 +126,18 @@ Statistics<T> statistics(const Problem<T>& problem, bool columns, const KeptTile
     const State<T>& lane = lane_parts[problem.symmetric ? query_part : plan.key_part(task)];
     const State<T>* row = problem.symmetric ? &lane : columns ? &row_parts[query_part] : nullptr;
     TileWalk<T>(problem, plan, task, scratch, keep, false)
-        .run(&lane, row,
-             [&](Tile<T> tile, Tile<T> positive, int64_t begin, int64_t key_begin, const T*, int64_t) {
-               const bool both = columns || (problem.symmetric && begin != key_begin);
-               if (both)
-                 k.both_log_sum(tile, lane.negative(begin), row->negative(key_begin));
-               else
-                 k.lane_log_sum(tile, lane.negative(begin));
-               if (!problem.positive.row) return;
-               if (both)
-                 k.both_log_sum(positive, lane.positive(begin), row->positive(key_begin));
-               else
-                 k.lane_log_sum(positive, lane.positive(begin));
-             });
+        .run(&lane, row, [&](Tile<T> tile, Tile<T> positive, int64_t begin, int64_t key_begin) {
+          const bool both = columns || (problem.symmetric && begin != key_begin);
+          if (both)
+            k.both_log_sum(tile, lane.negative(begin), row->negative(key_begin));
+          else
+            k.lane_log_sum(tile, lane.negative(begin));
+          if (!problem.positive.row) return;
+          if (both)
+            k.both_log_sum(positive, lane.positive(begin), row->positive(key_begin));
+          else
+            k.lane_log_sum(positive, lane.positive(begin));
+        });
   });
   Statistics<T> result;
   result.rows = merge_parts(std::move(lane_parts), queries);
@@ -184,30 +183,26 @@ PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, con
     }
     const Partials<T>& row_out = symmetric ? sums.query : sums.key;
     const SideWeights<T>& row_weights = symmetric ? rows : columns;
-    TileWalk<T>(problem, plan, task, scratch, kept, static_cast<bool>(kept))
-        .run(nullptr, nullptr,
-             [&](Tile<T> tile, Tile<T> positive, int64_t begin, int64_t key_begin, const T* key,
-                 int64_t key_stride) {
-               if (problem.positive.row) {
-                 const auto lane_pair = rows.pair(begin);
-                 const auto row_pair = row_weights ? row_weights.pair(key_begin) : lane_pair;
-                 k.pair_weights(tile, positive, &lane_pair, row_weights ? &row_pair : nullptr);
-               } else if (row_weights) {
-                 k.both_weights(tile, rows.negative(begin), row_weights.negative(key_begin));
-               } else {
-                 k.lane_weights(tile, rows.negative(begin));
-               }
-               if (sums.query)
-                 k.add_to_lanes(tile, key, key_stride,
-                                sums.query.row(symmetric ? query_part : key_part, begin), width, width);
-               if (symmetric ? begin != key_begin : static_cast<bool>(sums.key))
-                 k.add_to_rows(tile, problem.query.row(begin), problem.query.stride,
-                               row_out.row(query_part, key_begin), width, width);
-               if (sums.bias)
-                 for (int64_t r = 0; r < tile.rows; r++)
-                   for (int64_t i = 0; i < tile.lanes; i++)
-                     *sums.bias.row(query_part, key_begin + r) += tile.row(r)[i];
-             });
+    TileWalk<T> walk(problem, plan, task, scratch, kept, static_cast<bool>(kept));
+    walk.run(nullptr, nullptr, [&](Tile<T> tile, Tile<T> positive, int64_t begin, int64_t key_begin) {
+      if (problem.positive.row) {
+        const auto lane_pair = rows.pair(begin);
+        const auto row_pair = row_weights ? row_weights.pair(key_begin) : lane_pair;
+        k.pair_weights(tile, positive, &lane_pair, row_weights ? &row_pair : nullptr);
+      } else if (row_weights) {
+        k.both_weights(tile, rows.negative(begin), row_weights.negative(key_begin));
+      } else {
+        k.lane_weights(tile, rows.negative(begin));
+      }
+      if (sums.query)
+        walk.products().add_to_lanes(tile, sums.query.row(symmetric ? query_part : key_part, begin));
+      if (symmetric ? begin != key_begin : static_cast<bool>(sums.key))
+        walk.products().add_to_rows(tile, row_out.row(query_part, key_begin));
+      if (sums.bias)
+        for (int64_t r = 0; r < tile.rows; r++)
+          for (int64_t i = 0; i < tile.lanes; i++)
+            *sums.bias.row(query_part, key_begin + r) += tile.row(r)[i];
+    });
   });
   return sums;
 }

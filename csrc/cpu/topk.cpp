@@ -4,6 +4,8 @@
 #include <bit>
 #include <limits>
 
+#include "cpu/products.h"
+
 namespace fastcl {
 
 namespace {
@@ -28,14 +30,12 @@ void scan(const Problem<T>& problem, int64_t parts, Selector<T>& selector) {
     const int64_t begin = task % blocks * block, part = task / blocks;
     const int64_t last = keys * (part + 1) / parts;
     Tile<T> tile{scratch.take<T>(kTileSlot, kKeyRows * block), block, 0, std::min(block, queries - begin)};
-    T* packed = scratch.take<T>(kPackedSlot, block * problem.query.width);
-    k.pack_lanes(packed, problem.query.row(begin), problem.query.stride, tile.lanes, problem.query.width,
-                 problem.scale2);
+    const auto products = make_products(problem, kKeyRows, block, scratch);
+    products->set_lanes(begin, tile.lanes);
     for (int64_t first = keys * part / parts; first < last; first += kKeyRows) {
       tile.rows = std::min(kKeyRows, last - first);
-      int64_t key_stride;
-      const T* key = problem.key.tile(first, tile.rows, kKeySlot, scratch, &key_stride);
-      k.logits(tile, key, key_stride, packed, problem.query.width, nullptr);
+      products->set_rows(first, tile.rows);
+      products->logits(tile);
       if (problem.exclude.row) k.exclude(tile, {problem.exclude.row + first, problem.exclude.lane + begin});
       selector.offer(tile, begin, part, first, scratch);
     }
@@ -61,21 +61,18 @@ T value_of(Order<T> order) {
 // For each query a value that `rank` of `sampled` evenly chosen keys lie above.
 template <class T>
 void estimate_thresholds(const Problem<T>& problem, int64_t sampled, int64_t rank, T* thresholds) {
-  Rows<T> key = problem.key;
-  key.stride *= key.count / sampled;
+  Problem<T> sample = problem;
+  sample.key.stride *= problem.key.count / sampled;
   for_each_range(problem.query.count, kSampleLanes, [&](int64_t begin, int64_t end, Scratch& scratch) {
-    const Kernels<T>& k = kernels<T>();
     Tile<T> all{scratch.take<T>(kTileSlot, sampled * kSampleLanes), kSampleLanes, sampled, end - begin};
-    T* packed = scratch.take<T>(kPackedSlot, kSampleLanes * problem.query.width);
-    k.pack_lanes(packed, problem.query.row(begin), problem.query.stride, all.lanes, problem.query.width,
-                 problem.scale2);
+    const auto products = make_products(sample, kKeyRows, kSampleLanes, scratch);
+    products->set_lanes(begin, all.lanes);
     for (int64_t first = 0; first < sampled; first += kKeyRows) {
       const Tile<T> tile{all.row(first), kSampleLanes, std::min(kKeyRows, sampled - first), all.lanes};
-      int64_t key_stride;
-      const T* rows = key.tile(first, tile.rows, kKeySlot, scratch, &key_stride);
-      k.logits(tile, rows, key_stride, packed, problem.query.width, nullptr);
+      products->set_rows(first, tile.rows);
+      products->logits(tile);
     }
-    k.lane_quantile(all, rank, thresholds + begin);
+    kernels<T>().lane_quantile(all, rank, thresholds + begin);
   });
 }
 

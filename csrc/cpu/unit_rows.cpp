@@ -38,6 +38,53 @@ Rows<T> key_rows(const Input& input) {
           input.count, input.width, same && input.width % kernels<T>().vector == 0};
 }
 
+int bfloat16_parts(std::initializer_list<DType> dtypes, Precision precision) {
+  bool exact = true, rounded = true;
+  for (DType dtype : dtypes) {
+    exact &= dtype == DType::bfloat16;
+    rounded &= dtype == DType::bfloat16 || dtype == DType::float32;
+  }
+  if (!bfloat16_kernels() || !rounded) return 0;
+  if (exact || precision == Precision::medium) return 1;
+  // three products on other units would take longer than one of float32
+  return precision == Precision::high && current_isa() == Isa::amx ? 2 : 0;
+}
+
+HalfSide half_side(std::initializer_list<Input> inputs, const float* factor, int parts) {
+  HalfSide side;
+  int64_t count = 0;
+  for (const Input& input : inputs) count += input.count;
+  side.factor = allocate_filled(count, 1.0f);
+  if (factor) std::copy_n(factor, count, side.factor.get());
+  const Input& only = *inputs.begin();
+  const bool as_it_is = inputs.size() == 1 && parts == 1 && only.dtype == DType::bfloat16 &&
+                        only.width % kPairDepth == 0 && only.stride % 2 == 0;
+  const int64_t depth = round_up(only.width, kPairDepth);
+  side.rows = {static_cast<const uint16_t*>(only.data), only.stride, depth, side.factor.get()};
+  if (as_it_is) return side;
+  side.rows.stride = parts * depth;
+  side.memory = allocate<uint16_t>(count * side.rows.stride);
+  side.rows.data = side.memory.get();
+  int64_t offset = 0;
+  for (const Input& input : inputs) {
+    uint16_t* const to = side.memory.get() + offset * side.rows.stride;
+    for_each_range(input.count, kRowGrain, [&](int64_t begin, int64_t end, Scratch&) {
+      bfloat16_kernels()->load_rows(to + begin * side.rows.stride, depth, parts, input.row(begin),
+                                    input.dtype, input.stride, end - begin, input.width);
+    });
+    offset += input.count;
+  }
+  return side;
+}
+
+HalfSide half_side(std::initializer_list<Input> inputs, const UnitRows<float>& unit, int parts) {
+  for (const Input& input : inputs)
+    if (input.dtype != DType::bfloat16)
+      return half_side({{unit.rows.get(), DType::float32, unit.stride, unit.count, unit.width}},
+                       static_cast<const float*>(nullptr), parts);
+  return half_side(inputs, unit.inverse.get(), parts);
+}
+
 template <class T>
 T input_gradient(const UnitRows<T>& unit, int64_t i, T scale, T* sum) {
   const T radial = kernels<T>().dot(unit.row(i), sum, unit.stride);

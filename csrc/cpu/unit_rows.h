@@ -14,6 +14,8 @@ struct Input {
   int64_t stride = 0;
   int64_t count = 0;
   int64_t width = 0;
+
+  const void* row(int64_t i) const { return row_of(data, dtype, i * stride); }
 };
 
 // Unit rows of one or two inputs, stacked and padded to whole vectors.
@@ -33,6 +35,23 @@ UnitRows<T> unit_rows(std::initializer_list<Input> inputs, bool normalize);
 // Rows used as they are, without a copy: converted tile by tile unless they are T already.
 template <class T>
 Rows<T> key_rows(const Input& input);
+
+// How products of float32 rows may be made, as torch.set_float32_matmul_precision says; the Python side's
+// numbers. The products of bfloat16 rows are exact as they are.
+enum class Precision : int { highest, high, medium };
+
+// Parts of the operands of bfloat16 products; 0: they are to be made in the compute type.
+int bfloat16_parts(std::initializer_list<DType> dtypes, Precision precision);
+
+// A side for bfloat16 products: inputs stacked, each row times its factor (null: 1).
+struct HalfSide {
+  Buffer<uint16_t> memory;
+  Buffer<float> factor;
+  HalfRows rows;
+};
+HalfSide half_side(std::initializer_list<Input> inputs, const float* factor, int parts);
+// The same from the inputs of `unit`: exact for bfloat16 inputs, whose norms become factors.
+HalfSide half_side(std::initializer_list<Input> inputs, const UnitRows<float>& unit, int parts);
 
 // Gradient of row i from `sum`, that of its unit row before the scale, in place; returns <unit row, sum>.
 template <class T>

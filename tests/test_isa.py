@@ -1,24 +1,48 @@
 """The CPU kernels on every instruction set this machine has: the same results, within the same budget."""
 
+import ctypes
+import subprocess
+from pathlib import Path
+
 import pytest
 import test_stats
 import test_topk
 import torch
+import torch.nn.functional as F
 from loss_table import LOSSES, check
 
 import fastcl
 from fastcl import native, testing
 
-LEVELS = native.ISA_LEVELS if native.missing_reason() else native.ISA_LEVELS[: native.isa_levels()[0] + 1]
+BUILT = native.missing_reason() is None
+BEST = native.isa_levels()[0] if BUILT else len(native.ISA_LEVELS) - 1
+# where only AMX is missing, its instructions are emulated
+EMULATED = BUILT and native.ISA_LEVELS[BEST] == "avx512_bf16"
+LEVELS = native.ISA_LEVELS[: BEST + 1 + EMULATED]
+HALF_LEVELS = ("avx512_bf16", "amx")  # with products of bfloat16
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory):
+    """Carries out AMX's instructions where the machine refuses them."""
+    source, library = Path(__file__).with_name("amx_emulator.cpp"), tmp_path_factory.mktemp("amx") / "amx.so"
+    subprocess.run(
+        ["g++", "-std=c++20", "-O2", "-Wall", "-shared", "-fPIC", source, "-o", library], check=True
+    )
+    ctypes.CDLL(str(library)).start_emulating_amx()
 
 
 @pytest.fixture(params=LEVELS)
 def level(request):
-    before = native.ISA_LEVELS[native.isa_levels()[1]]
-    native.force_isa(request.param)
+    before = native.isa_levels()[1]
+    if EMULATED and request.param == "amx":
+        request.getfixturevalue("emulator")
+        torch.ops.fastcl_native.force_isa(native.ISA_LEVELS.index("amx"))
+    else:
+        native.force_isa(request.param)
     with fastcl.use_backend("cpu"):
         yield request.param
-    native.force_isa(before)
+    torch.ops.fastcl_native.force_isa(before)
 
 
 def test_levels_are_named_and_the_best_is_used_by_default():
@@ -81,3 +105,58 @@ def test_every_half_value_is_converted_exactly(dtype, level):
     values = values[values.float().abs() < 1e37]
     similarity, _ = fastcl.similarity_topk(values[:, None], torch.ones(1, 1, dtype=dtype), 1)
     assert torch.equal(similarity[:, 0], values.float())
+
+
+@pytest.fixture(params=["highest", "high", "medium"])
+def precision(request):
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("name", ["info_nce", "info_nce-negatives", "nt_xent", "clip_loss", "sup_con"])
+def test_float32_matmul_precision(name, precision, level):
+    """'high' splits float32 into two bfloat16 where that is faster, 'medium' rounds to one."""
+    loss, case = LOSSES[name], testing.make_case("random", (140, 161, 123), seed=25)
+    inputs = loss.inputs(case)
+    _, exact = testing.value_and_grads(
+        lambda *x: loss.formula(*x, loss.factor(0.1), reduction="mean"), inputs
+    )
+    _, got = testing.value_and_grads(
+        lambda *x: loss.product(*x, loss.factor(0.1), reduction="mean"), [x.float() for x in inputs]
+    )
+    errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True)]
+    split = precision == "high" and level == "amx"
+    rounded = precision == "medium" and level in HALF_LEVELS
+    assert max(errors) < (1e-2 if rounded else 2e-5 if split else 4e-6)
+    assert (max(errors) > 1e-4) == rounded
+
+
+def test_a_bfloat16_loss_is_of_exact_products(level):
+    """The inputs are not rounded again: the loss is as good as in float32."""
+    case = testing.make_case("random", (140, 161, 123), seed=26)
+    z1, z2 = (x.bfloat16() for x in (case.query, case.positive))
+    got, exact = fastcl.nt_xent(z1, z2, 0.05), fastcl.nt_xent(z1.double(), z2.double(), 0.05)
+    assert abs(got.item() / exact.item() - 1) < 1e-6
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [64, 70])
+def test_a_queue_of_either_dtype(width, dtype, stored, level):
+    """Stored keys may be of another dtype than the queries, and of widths that are not whole vectors."""
+    queue = fastcl.NegativeQueue(1000, width, dtype=stored)
+    query, positive = torch.randn(2, 65, width).to(dtype)
+    leaf = query.clone().requires_grad_()
+    loss = fastcl.info_nce(leaf, positive, queue, temperature=0.2)
+    loss.backward()
+    exact_leaf = query.double().requires_grad_()
+    unit = F.normalize(exact_leaf, dim=1)
+    logits = torch.cat(
+        [(unit * F.normalize(positive.double(), dim=1)).sum(1, keepdim=True), unit @ queue.keys.double().T], 1
+    )
+    exact = F.cross_entropy(logits / 0.2, torch.zeros(65, dtype=torch.int64))
+    exact.backward()
+    assert abs(loss.item() / exact.item() - 1) < 1e-6
+    error = (leaf.grad.double() - exact_leaf.grad).norm() / exact_leaf.grad.norm()
+    assert error < (4e-6 if dtype == torch.float32 else 5e-3)

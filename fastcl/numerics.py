@@ -29,8 +29,9 @@ def float32_matmul_precision() -> str:
         return {"tf32": "high", "bf16": "medium"}.get(torch.backends.cuda.matmul.fp32_precision, "highest")
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def matmul_precision_level() -> int:
-    """:func:`float32_matmul_precision` as the extension takes it."""
+    """:func:`float32_matmul_precision` as the extension takes it; a compiled graph keeps what it found."""
     return _PRECISIONS[float32_matmul_precision()]
 
 

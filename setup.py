@@ -20,7 +20,7 @@ BUILD = os.environ.get("FASTCL_BUILD", "auto")
 
 # one object per level from the same source; the level in use is chosen at run time
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
-QUIET = ["-Wno-maybe-uninitialized"]  # gcc 12 and 13 warn of their own intrinsics
+QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # gcc 12 and 13 warn of their own intrinsics
 ISA_FLAGS = {
     "generic": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],

@@ -117,17 +117,11 @@ void logits(Tile<float> tile, HalfRows y, PackedPairs x, int parts, const float*
   p.panel_stride = p.depth * kPairPanel;
   p.c = tile.s;
   p.c_stride = tile.stride;
-  p.accumulate = false;
+  p.row_factor = y.factor;
+  p.column_factor = lane_factor;
+  p.offset = bias;
   set_terms(p, parts, {pairs_of(y, 0, 0), x.data}, {pairs_of(y, 0, 1), x.data + x.part_stride});
-  multiply(p, [&](int64_t i, int64_t j, int64_t rows, int64_t columns) {
-    for (int64_t r = i; r < i + rows; r++) {
-      const __m512 factor = _mm512_set1_ps(y.factor[r]), offset = _mm512_set1_ps(bias ? bias[r] : 0.0f);
-      for (int64_t l = j; l < j + columns; l += kHalfPanel) {
-        float* s = tile.row(r) + l;
-        _mm512_storeu_ps(s, _mm512_loadu_ps(s) * (factor * _mm512_loadu_ps(lane_factor + l)) + offset);
-      }
-    }
-  });
+  multiply(p);
   for (int64_t r = 0; r < tile.rows; r++)
     for (int64_t l = tile.lanes; l < p.columns; l++) tile.row(r)[l] = excluded_logit<float>;
 }
@@ -224,9 +218,8 @@ void add_product(Rounded w, bool pairs_in_line, int64_t rows, int64_t depth, Pac
   p.panel_stride = depth * kPairPanel;
   p.c = out;
   p.c_stride = width;
-  p.accumulate = true;
   set_terms(p, parts, {w.data, b.data}, {w.data + w.part_stride(), b.data + b.part_stride});
-  multiply(p, [](int64_t, int64_t, int64_t, int64_t) {});
+  multiply(p);
 }
 
 void add_to_lanes(Tile<float> tile, const float* row_factor, PackedPairs y, int parts, Pair* rounded,

@@ -46,8 +46,7 @@ void* take_memory(size_t bytes) {
     for (size_t i = 0; i < blocks.size(); i++) {
       if (blocks[i]->bytes != bytes) continue;
       Header* block = blocks[i];
-      blocks[i] = blocks.back();
-      blocks.pop_back();
+      blocks.erase(blocks.begin() + static_cast<ptrdiff_t>(i));
       pool().bytes -= bytes;
       return reinterpret_cast<char*>(block) + kAlignment;
     }
@@ -63,15 +62,18 @@ void* take_memory(size_t bytes) {
 void give_back_memory(void* memory) {
   if (!memory) return;
   Header* block = reinterpret_cast<Header*>(static_cast<char*>(memory) - kAlignment);
-  {
-    const std::lock_guard lock(pool().mutex);
-    if (pool().bytes + block->bytes <= kPooled) {
-      pool().blocks.push_back(block);
-      pool().bytes += block->bytes;
-      return;
-    }
+  if (block->bytes > kPooled) return std::free(block);
+  const std::lock_guard lock(pool().mutex);
+  auto& blocks = pool().blocks;
+  blocks.push_back(block);
+  pool().bytes += block->bytes;
+  // the oldest go: what an earlier, larger problem left must not keep this one from the pool
+  size_t dropped = 0;
+  for (; pool().bytes > kPooled; dropped++) {
+    pool().bytes -= blocks[dropped]->bytes;
+    std::free(blocks[dropped]);
   }
-  std::free(block);
+  blocks.erase(blocks.begin(), blocks.begin() + static_cast<ptrdiff_t>(dropped));
 }
 
 }  // namespace fastcl

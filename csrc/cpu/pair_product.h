@@ -8,7 +8,8 @@
 namespace fastcl {
 namespace {
 
-// c (rows, columns) = the sum of the terms' a (rows, depth) b (depth, columns), added to c or not.
+// c (rows, columns) is the sum of the terms' a (rows, depth) b (depth, columns): added to what c holds or,
+// with factors, c = sum * row factor * column factor + offset of the row (null: 0).
 struct PairProduct {
   struct Term {
     const Pair *a, *b;
@@ -20,7 +21,13 @@ struct PairProduct {
   int64_t panel_stride;
   float* c;
   int64_t c_stride;
-  bool accumulate;
+  const float *row_factor = nullptr, *column_factor = nullptr, *offset = nullptr;
+
+  bool accumulates() const { return !row_factor; }
+  __m512 finished(__m512 sum, int64_t row, int64_t column) const {
+    const __m512 factor = _mm512_set1_ps(row_factor[row]) * _mm512_loadu_ps(column_factor + column);
+    return sum * factor + _mm512_set1_ps(offset ? offset[row] : 0.0f);
+  }
 };
 
 constexpr int64_t kHalfPanel = kPairPanel / 2;  // a vector, or a row of an AMX tile
@@ -65,7 +72,7 @@ void product_block(const PairProduct& p, int64_t i, int64_t j, int64_t rows, int
   FASTCL_TILE_ZERO(1);
   FASTCL_TILE_ZERO(2);
   FASTCL_TILE_ZERO(3);
-  if (p.accumulate) {
+  if (p.accumulates()) {
     FASTCL_TILE_LOAD(0, c, c_stride);
     if (right) FASTCL_TILE_LOAD(1, c + kHalfPanel, c_stride);
     if (lower) FASTCL_TILE_LOAD(2, c_lower, c_stride);
@@ -93,6 +100,11 @@ void product_block(const PairProduct& p, int64_t i, int64_t j, int64_t rows, int
   if (right) FASTCL_TILE_STORE(1, c + kHalfPanel, c_stride);
   if (lower) FASTCL_TILE_STORE(2, c_lower, c_stride);
   if (lower && right) FASTCL_TILE_STORE(3, c_lower + kHalfPanel, c_stride);
+  if (p.accumulates()) return;
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t column = 0; column < columns; column += kHalfPanel)
+      _mm512_storeu_ps(c + r * p.c_stride + column,
+                       p.finished(_mm512_loadu_ps(c + r * p.c_stride + column), i + r, j + column));
 }
 
 // The tiles of a thread, which no other code may have in use.
@@ -121,7 +133,7 @@ void product_rows(const PairProduct& p, int64_t i, int64_t j) {
   for (int r = 0; r < ROWS; r++) {
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; v++)
-      acc[r][v] = p.accumulate ? _mm512_loadu_ps(c + r * p.c_stride + v * kHalfPanel) : _mm512_setzero_ps();
+      acc[r][v] = p.accumulates() ? _mm512_loadu_ps(c + r * p.c_stride + v * kHalfPanel) : _mm512_setzero_ps();
   }
   for (int t = 0; t < p.terms; t++) {
     const Pair* a = p.term[t].a + i * p.a_row;
@@ -141,7 +153,9 @@ void product_rows(const PairProduct& p, int64_t i, int64_t j) {
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; r++) {
 #pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; v++) _mm512_storeu_ps(c + r * p.c_stride + v * kHalfPanel, acc[r][v]);
+    for (int v = 0; v < VECTORS; v++)
+      _mm512_storeu_ps(c + r * p.c_stride + v * kHalfPanel,
+                       p.accumulates() ? acc[r][v] : p.finished(acc[r][v], i + r, j + v * kHalfPanel));
   }
 }
 
@@ -159,9 +173,7 @@ struct Units {
 
 #endif
 
-// done(i, j, rows, columns) for each block of c while it is near.
-template <class Done>
-void multiply(const PairProduct& p, const Done& done) {
+void multiply(const PairProduct& p) {
   Units units;
   for (int64_t j = 0; j < p.columns; j += kPairPanel) {
     const int64_t columns = p.columns - j < kPairPanel ? p.columns - j : kPairPanel;
@@ -169,7 +181,6 @@ void multiply(const PairProduct& p, const Done& done) {
       const int64_t rows = p.rows - i < kBlockRows ? p.rows - i : kBlockRows;
       units.set_rows(rows);
       product_block(p, i, j, rows, columns);
-      done(i, j, rows, columns);
     }
   }
 }

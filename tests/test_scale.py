@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -82,9 +83,23 @@ def test_the_same_bits_for_any_number_of_threads(dtype, shape, threads):
         return results
 
     with fastcl.use_backend("cpu"):
-        one, two, three = (everything(count) for count in (1, 2, 3))
-    torch.testing.assert_close(two, one, rtol=0, atol=0)
-    torch.testing.assert_close(three, one, rtol=0, atol=0)
+        one = everything(1)
+        for count in (2, 3, 16):
+            torch.testing.assert_close(everything(count), one, rtol=0, atol=0)
+
+
+def test_calls_from_several_threads_do_not_disturb_each_other(threads):
+    threads(2)
+    inputs = [torch.randn(2, 300 + 40 * i, 64, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+
+    def loss_and_gradients(pair):
+        return testing.value_and_grads(lambda *x: fastcl.nt_xent(*x, 0.1), list(pair))
+
+    with fastcl.use_backend("cpu"):
+        alone = [loss_and_gradients(pair) for pair in inputs]
+        with ThreadPoolExecutor(6) as pool:
+            together = list(pool.map(loss_and_gradients, inputs * 3))
+    torch.testing.assert_close(together, alone * 3, rtol=0, atol=0)
 
 
 def test_nt_xent_row_for_row_at_4096():

@@ -10,11 +10,6 @@ constexpr int64_t kKeyRows = 192;    // keys per tile
 constexpr int64_t kStripLanes = 64;  // queries per strip: it should stay in the cache
 constexpr int64_t kMaxStrip = int64_t{16} << 20;
 
-int64_t lane_block(int64_t queries, int64_t largest) {
-  return round_up(ceil_div(std::max<int64_t>(queries, 1), ceil_div(std::max<int64_t>(queries, 1), largest)),
-                  kLaneUnit);
-}
-
 template <class T>
 void block_logits(const Problem<T>& problem, Products<T>& products, Tile<T> tile, int64_t query_begin,
                   int64_t key_begin) {
@@ -59,18 +54,12 @@ void attend_block(const Problem<T>& problem, Selector<T>* selector, int64_t part
 
 }  // namespace
 
-int64_t attend_parts(int64_t queries, int64_t keys) {
-  return ceil_div(queries, lane_block(queries, kMaxBlock)) >= 8
-             ? 1
-             : std::clamp<int64_t>(ceil_div(keys, 8 * kKeyRows), 1, 8);
-}
-
 template <class T>
 Attended<T> attend(const Problem<T>& problem, Selector<T>* selector) {
   const int64_t queries = problem.query.count, keys = problem.key.count;
   const int64_t width = round_up(problem.query.width, kernels<T>().vector);
-  const int64_t block = lane_block(queries, kMaxBlock), blocks = ceil_div(queries, block);
-  const int64_t key_parts = attend_parts(queries, keys);
+  const int64_t block = even_block(queries, kMaxBlock), blocks = ceil_div(queries, block);
+  const int64_t key_parts = parts_of_keys(queries, keys);
   std::vector<State<T>> states;
   for (int64_t p = 0; p < key_parts; p++) states.push_back(make_state<T>(queries));
   Partials<T> sums = make_partials<T>(key_parts, queries, width);
@@ -110,43 +99,45 @@ AttendedKeys<T> attend_with_keys(const Problem<T>& problem, const std::function<
   const int64_t queries = problem.query.count, keys = problem.key.count;
   const int64_t width = round_up(problem.query.width, kernels<T>().vector);
   const int64_t block = kStripLanes, blocks = ceil_div(queries, block);
-  const int64_t parts = std::clamp<int64_t>(blocks, 1, kSumParts);
   AttendedKeys<T> result{{make_state<T>(queries), make_partials<T>(1, queries, width)},
-                         make_partials<T>(parts, keys, width)};
+                         make_partials<T>(1, keys, width)};
+  Turns turns(ceil_div(keys, kKeyRows));  // the strips add to the keys of a tile one after the other
 
-  for_each_task(parts, [&](int64_t part, Scratch& scratch) {
+  for_each_task(blocks, turns.guarded([&](int64_t b, Scratch& scratch) {
     const Kernels<T>& k = kernels<T>();
     const auto products = make_products(problem, kKeyRows, block, scratch);
     T* factors = scratch.take<T>(kQuerySlot, block);
     T* strip = scratch.take<T>(kTileSlot, keys * block);
-    std::fill(result.key.part(part), result.key.part(part) + keys * width, T(0));
-    for (int64_t b = part; b < blocks; b += parts) {
-      const int64_t begin = b * block, lanes = std::min(block, queries - begin);
-      const LogSum<T> state = result.queries.rows.negative(begin);
-      T* out = result.queries.query.row(0, begin);
-      std::fill_n(out, lanes * width, T(0));
-      auto for_tiles = [&](const auto& body) {
-        for (int64_t first = 0; first < keys; first += kKeyRows) {
-          const Tile<T> tile{strip + first * block, block, std::min(kKeyRows, keys - first), lanes};
-          products->set_rows(first, tile.rows);
-          body(tile, first);
-        }
-      };
-      products->set_lanes(begin, lanes);
-      for_tiles([&](Tile<T> tile, int64_t first) {
-        block_logits(problem, *products, tile, begin, first);
-        k.lane_max(tile, state.max);
+    const int64_t begin = b * block, lanes = std::min(block, queries - begin);
+    const LogSum<T> state = result.queries.rows.negative(begin);
+    T* out = result.queries.query.row(0, begin);
+    std::fill_n(out, lanes * width, T(0));
+    auto for_tiles = [&](const auto& body) {
+      for (int64_t first = 0; first < keys; first += kKeyRows) {
+        const Tile<T> tile{strip + first * block, block, std::min(kKeyRows, keys - first), lanes};
+        products->set_rows(first, tile.rows);
+        body(tile, first);
+      }
+    };
+    products->set_lanes(begin, lanes);
+    for_tiles([&](Tile<T> tile, int64_t first) {
+      block_logits(problem, *products, tile, begin, first);
+      k.lane_max(tile, state.max);
+    });
+    for_tiles([&](Tile<T> tile, int64_t) {
+      k.exponentiate(tile, state.max, state.sum);
+      products->add_to_lanes(tile, out);
+    });
+    for (int64_t i = 0; i < lanes; i++) factors[i] = factor(begin + i, state.max[i], state.sum[i]);
+    products->scale_lanes(factors);
+    for_tiles([&](Tile<T> tile, int64_t first) {
+      turns.take(first / kKeyRows, b, [&] {
+        T* const key_out = result.key.row(0, first);
+        if (b == 0) std::fill_n(key_out, tile.rows * width, T(0));
+        products->add_to_rows(tile, key_out);
       });
-      for_tiles([&](Tile<T> tile, int64_t) {
-        k.exponentiate(tile, state.max, state.sum);
-        products->add_to_lanes(tile, out);
-      });
-      for (int64_t i = 0; i < lanes; i++) factors[i] = factor(begin + i, state.max[i], state.sum[i]);
-      products->scale_lanes(factors);
-      for_tiles(
-          [&](Tile<T> tile, int64_t first) { products->add_to_rows(tile, result.key.row(part, first)); });
-    }
-  });
+    });
+  }));
   return result;
 }
 

@@ -14,10 +14,9 @@ struct Attended {
 };
 
 // Negatives only, per query. Two products: similarity and weighted keys.
-// Each tile's logits are offered to `selector` on the way (null: to none), in attend_parts() parts.
+// Each tile's logits are offered to `selector` on the way (null: to none), in parts_of_keys() parts.
 template <class T>
 Attended<T> attend(const Problem<T>& problem, Selector<T>* selector = nullptr);
-int64_t attend_parts(int64_t queries, int64_t keys);
 
 // The same with the keys' gradient in the same pass: three products. Keeps a strip of one block of
 // queries by all keys; `strips_fit` says whether that is reasonable.

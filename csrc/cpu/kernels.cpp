@@ -12,6 +12,7 @@ namespace {
 template <class T>
 constexpr T kSharedRange = 24;
 
+constexpr int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 template <class T>
 int64_t vectors_of(const Tile<T>& tile) {
   return (tile.lanes + kLanes<T> - 1) / kLanes<T>;
@@ -72,14 +73,20 @@ void add_scaled(T* y, const T* x, T alpha, int64_t width) {
   for (int64_t k = 0; k < width; k++) y[k] += alpha * x[k];
 }
 
+// Rows are readable to whole vectors.
 template <class T>
 void pack_lanes(T* packed, const T* x, int64_t stride, int64_t lanes, int64_t width, T factor) {
-  for (int64_t first = 0; first < lanes; first += kPanel<T>, packed += width * kPanel<T>) {
-    const int64_t count = lanes - first < kPanel<T> ? lanes - first : kPanel<T>;
-    for (int64_t i = 0; i < count; i++)
-      for (int64_t k = 0; k < width; k++) packed[k * kPanel<T> + i] = x[(first + i) * stride + k] * factor;
-    for (int64_t i = count; i < kPanel<T>; i++)
-      for (int64_t k = 0; k < width; k++) packed[k * kPanel<T> + i] = 0;
+  constexpr int64_t kSide = kLanes<T>;
+  for (int64_t first = 0; first < round_up(lanes, kPanel<T>); first += kSide) {
+    T* panel = packed + first / kPanel<T> * kPanel<T> * width + first % kPanel<T>;
+    for (int64_t k = 0; k < width; k += kSide) {
+      Vec<T> square[kSide];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kSide; i++)
+        square[i] = first + i < lanes ? load(x + (first + i) * stride + k) * factor : Vec<T>{};
+      transpose<T>(square);
+      for (int64_t i = 0; i < kSide && k + i < width; i++) store(panel + (k + i) * kPanel<T>, square[i]);
+    }
   }
 }
 

@@ -128,7 +128,7 @@ void mochi(const Mochi<T>& args, const MochiResult<T>& result) {
   problem.scale2 = static_cast<T>(args.scale * kLog2E);
   const Buffer<T> similarity = allocate<T>(n * args.n_hard);
   const Buffer<int64_t> index = allocate<int64_t>(n * args.n_hard);
-  const int64_t parts = attend_parts(n, args.keys.count);
+  const int64_t parts = parts_of_keys(n, args.keys.count);
   const bool ordered = problem.scale2 > 0;  // logits and similarities rank alike: one pass finds both
   Selector<T> selector(problem, args.n_hard, parts, ordered);
   const Attended<T> attended = attend(problem, ordered ? &selector : nullptr);

@@ -133,7 +133,8 @@ void product_rows(const PairProduct& p, int64_t i, int64_t j) {
   for (int r = 0; r < ROWS; r++) {
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; v++)
-      acc[r][v] = p.accumulates() ? _mm512_loadu_ps(c + r * p.c_stride + v * kHalfPanel) : _mm512_setzero_ps();
+      acc[r][v] =
+          p.accumulates() ? _mm512_loadu_ps(c + r * p.c_stride + v * kHalfPanel) : _mm512_setzero_ps();
   }
   for (int t = 0; t < p.terms; t++) {
     const Pair* a = p.term[t].a + i * p.a_row;

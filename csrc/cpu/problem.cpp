@@ -2,30 +2,6 @@
 
 namespace fastcl {
 
-namespace {
-constexpr int64_t kMinBlocks = 4;  // of the longer side, where it is long enough
-
-// The largest block that keeps a tile's operands in the second-level cache, smaller where few blocks
-// would leave threads idle.
-int64_t block_for(int64_t queries, int64_t keys, int64_t width) {
-  int64_t block = width <= 192 ? 192 : 96;
-  while (block > 2 * kLaneUnit && ceil_div(std::max(queries, keys), block) < kMinBlocks) block -= kLaneUnit;
-  return block;
-}
-}  // namespace
-
-Plan make_plan(int64_t queries, int64_t keys, int64_t width, bool symmetric, int64_t max_parts) {
-  Plan plan;
-  plan.block = block_for(queries, keys, width);
-  plan.query_blocks = ceil_div(queries, plan.block);
-  plan.key_blocks = ceil_div(keys, plan.block);
-  plan.query_parts = plan.key_parts = 1;
-  const bool by_query = symmetric || queries >= keys;
-  (by_query ? plan.query_parts : plan.key_parts) =
-      std::clamp<int64_t>(by_query ? plan.query_blocks : plan.key_blocks, 1, max_parts);
-  return plan;
-}
-
 template <class T>
 State<T> make_state(int64_t count) {
   State<T> state;

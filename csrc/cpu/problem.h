@@ -1,21 +1,16 @@
-// A statistics call on the CPU: both sides' rows, the pair rule, and how the work is divided.
+// A statistics call on the CPU: both sides' rows, the pair rule, and the results.
 #pragma once
 
 #include <cmath>
 #include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/parallel.h"
+#include "cpu/plan.h"
 
 namespace fastcl {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
-constexpr int64_t kMaxBlock = 256;  // lanes or rows of a tile
-constexpr int64_t kLaneUnit = 32;   // blocks are multiples of it: whole panels at every level
 
 inline int64_t bytes_of(DType dtype) {
   constexpr int64_t kSize[] = {8, 4, 2, 2};
@@ -82,38 +77,7 @@ enum Slot {
   kSlots
 };
 
-// The tile grid and its division into tasks. It depends on shapes only: so does the order of every sum.
-// Blocks of queries are dealt to `query_parts` and blocks of keys to `key_parts`; a task is one of each.
-struct Plan {
-  int64_t block;
-  int64_t query_blocks, key_blocks;
-  int64_t query_parts, key_parts;
-
-  int64_t tasks() const { return query_parts * key_parts; }
-  int64_t query_part(int64_t task) const { return task % query_parts; }
-  int64_t key_part(int64_t task) const { return task / query_parts; }
-
-  // Calls body(block) for the query blocks of a part, dealt to and fro so that triangles balance.
-  template <class Body>
-  void for_query_blocks(int64_t part, const Body& body) const {
-    for (int64_t round = 0;; round++) {
-      const int64_t block = round * query_parts + (round % 2 ? query_parts - 1 - part : part);
-      if (round * query_parts >= query_blocks) return;
-      if (block < query_blocks) body(block);
-    }
-  }
-  int64_t key_begin(int64_t part) const { return part * key_blocks / key_parts; }
-  int64_t key_end(int64_t part) const { return key_begin(part + 1); }
-};
-
-// The longer side is divided, into at most max_parts.
-Plan make_plan(int64_t queries, int64_t keys, int64_t width, bool symmetric, int64_t max_parts);
-
-// More parts keep more threads busy; each costs another copy of what is summed.
-constexpr int64_t kStateParts = 8;  // a few numbers per row
-constexpr int64_t kSumParts = 4;    // a row of the width: zeroed, filled and added up
-
-// Per-part results that are summed, or merged, when all parts are done.
+// Results in parts, which are summed, or merged, when all are done.
 template <class T>
 struct Partials {
   Buffer<T> memory;

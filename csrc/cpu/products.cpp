@@ -19,7 +19,7 @@ class ProductsInT : public Products<T> {
     lanes_ = count;
     lane_data_ = problem_.query.row(begin);
     lane_stride_ = problem_.query.stride;
-    k_.pack_lanes(packed_, lane_data_, lane_stride_, count, problem_.query.width, problem_.scale2);
+    is_packed_ = false;
   }
   void set_rows(int64_t begin, int64_t count) override {
     row_begin_ = begin;
@@ -34,6 +34,9 @@ class ProductsInT : public Products<T> {
   }
 
   void logits(Tile<T> tile) override {
+    if (!is_packed_)
+      k_.pack_lanes(packed_, lane_data_, lane_stride_, lanes_, problem_.query.width, problem_.scale2);
+    is_packed_ = true;
     k_.logits(tile, row_data_, row_stride_, packed_, problem_.query.width,
               problem_.bias2 ? problem_.bias2 + row_begin_ : nullptr);
   }
@@ -52,6 +55,7 @@ class ProductsInT : public Products<T> {
   T *packed_, *scaled_;
   const T *lane_data_ = nullptr, *row_data_ = nullptr;
   int64_t lanes_ = 0, row_begin_ = 0, lane_stride_ = 0, row_stride_ = 0;
+  bool is_packed_ = false;
 };
 
 class ProductsOfPairs : public Products<float> {

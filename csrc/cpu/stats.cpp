@@ -13,39 +13,40 @@ constexpr int64_t kMinKeptShare = 8;  // at least one tile in so many, or none
 template <class T>
 class TileWalk {
  public:
-  TileWalk(const Problem<T>& problem, const Plan& plan, int64_t task, Scratch& scratch,
+  TileWalk(const Problem<T>& problem, const Plan& plan, const Plan::Task& task, Scratch& scratch,
            const KeptTiles<T>& kept, bool made)
       : problem_(problem), plan_(plan), task_(task), kept_(kept), made_(made) {
-    spare_ = scratch.take<T>(kTileSlot, plan.block * plan.block);
-    tile_.stride = plan.block;
+    const int64_t block = plan.query.block;
+    spare_ = scratch.take<T>(kTileSlot, block * block);
+    tile_.stride = block;
     positive_ = tile_;
-    if (problem.positive.row) positive_.s = scratch.take<T>(kPositiveSlot, plan.block * plan.block);
-    products_ = make_products(problem, plan.block, plan.block, scratch);
-    unused_ = scratch.take<T>(kSumSlot, 2 * plan.block);
-    std::fill_n(unused_, 2 * plan.block, T(0));
+    if (problem.positive.row) positive_.s = scratch.take<T>(kPositiveSlot, block * block);
+    products_ = make_products(problem, block, block, scratch);
+    unused_ = scratch.take<T>(kSumSlot, 2 * block);
+    std::fill_n(unused_, 2 * block, T(0));
   }
 
   // body(tile, positive, query_begin, key_begin) for each tile; `lane` and `row` receive the positives' sums
   // and counts where given.
   template <class Body>
   void run(const State<T>* lane, const State<T>* row, const Body& body) {
-    const int64_t part = plan_.key_part(task_);
-    plan_.for_query_blocks(plan_.query_part(task_), [&](int64_t block) {
-      const int64_t begin = block * plan_.block;
-      tile_.lanes = std::min(plan_.block, problem_.query.count - begin);
+    const Groups &query = plan_.query, &key = plan_.key;
+    for (int64_t i = query.first_block(task_.query_group); i < query.first_block(task_.query_group + 1);
+         i++) {
+      const int64_t begin = i * query.block;
+      tile_.lanes = std::min(query.block, query.count - begin);
       products_->set_lanes(begin, tile_.lanes);
-      const int64_t first = problem_.symmetric ? block : plan_.key_begin(part);
-      for (int64_t j = first; j < plan_.key_end(part); j++) {
-        const int64_t key_begin = j * plan_.block;
-        tile_.rows = std::min(plan_.block, problem_.key.count - key_begin);
+      const int64_t first = task_.on_diagonal ? i : key.first_block(task_.key_group);
+      for (int64_t j = first; j < key.first_block(task_.key_group + 1); j++) {
+        const int64_t key_begin = j * key.block;
+        tile_.rows = std::min(key.block, key.count - key_begin);
         products_->set_rows(key_begin, tile_.rows);
-        T* const kept = kept_.tile(block, j);
+        T* const kept = kept_.tile(i, j);
         tile_.s = kept ? kept : spare_;
-        if (!kept || !made_)
-          make_logits(begin, key_begin, lane, problem_.symmetric && j == block ? nullptr : row);
+        if (!kept || !made_) make_logits(begin, key_begin, lane, plan_.symmetric && i == j ? nullptr : row);
         body(tile_, positive_, begin, key_begin);
       }
-    });
+    }
   }
   // Of the present tile.
   Products<T>& products() { return *products_; }
@@ -60,7 +61,7 @@ class TileWalk {
     positive_.lanes = tile_.lanes;
     auto sums = [&](const State<T>* state, int field, int64_t offset) {
       return state ? state->field(field) + offset
-                   : unused_ + (field == State<T>::kPosCount ? plan_.block : 0);
+                   : unused_ + (field == State<T>::kPosCount ? plan_.query.block : 0);
     };
     k_.split(tile_, positive_, {p.positive.row + key_begin, p.positive.lane + begin},
              sums(lane, State<T>::kPosTotal, begin), sums(lane, State<T>::kPosCount, begin),
@@ -69,7 +70,7 @@ class TileWalk {
 
   const Problem<T>& problem_;
   const Plan& plan_;
-  const int64_t task_;
+  const Plan::Task task_;
   const KeptTiles<T>& kept_;
   const bool made_;
   const Kernels<T>& k_ = kernels<T>();
@@ -89,6 +90,11 @@ State<T> merge_parts(std::vector<State<T>> parts, int64_t count) {
 }
 
 template <class T>
+Plan plan_of(const Problem<T>& problem) {
+  return make_plan(problem.query.count, problem.key.count, problem.query.width, problem.symmetric);
+}
+
+template <class T>
 void clear(const Partials<T>& partials, int64_t part, int64_t begin, int64_t end) {
   if (partials) std::fill(partials.row(part, begin), partials.row(part, end), T(0));
 }
@@ -98,11 +104,9 @@ void clear(const Partials<T>& partials, int64_t part, int64_t begin, int64_t end
 template <class T>
 KeptTiles<T> make_kept_tiles(const Problem<T>& problem) {
   KeptTiles<T> kept;
-  kept.plan =
-      make_plan(problem.query.count, problem.key.count, problem.query.width, problem.symmetric, kSumParts);
-  kept.symmetric = problem.symmetric;
-  const int64_t blocks = kept.plan.query_blocks, block = kept.plan.block;
-  const int64_t tiles = problem.symmetric ? blocks * (blocks + 1) / 2 : blocks * kept.plan.key_blocks;
+  kept.plan = plan_of(problem);
+  const int64_t blocks = kept.plan.query.blocks, block = kept.plan.query.block;
+  const int64_t tiles = problem.symmetric ? blocks * (blocks + 1) / 2 : blocks * kept.plan.key.blocks;
   const int64_t affordable = kMaxKeptBytes / (block * block * static_cast<int64_t>(sizeof(T)));
   if (affordable * kMinKeptShare < tiles) return kept;
   kept.capacity = std::min(tiles, affordable);
@@ -113,18 +117,15 @@ KeptTiles<T> make_kept_tiles(const Problem<T>& problem) {
 template <class T>
 Statistics<T> statistics(const Problem<T>& problem, bool columns, const KeptTiles<T>& keep) {
   const int64_t queries = problem.query.count, keys = problem.key.count;
-  const Plan plan =
-      keep ? keep.plan : make_plan(queries, keys, problem.query.width, problem.symmetric, kStateParts);
+  const Plan plan = keep ? keep.plan : plan_of(problem);
   std::vector<State<T>> lane_parts, row_parts;
-  for (int64_t p = 0; p < (problem.symmetric ? plan.query_parts : plan.key_parts); p++)
-    lane_parts.push_back(make_state<T>(queries));
-  for (int64_t p = 0; columns && p < plan.query_parts; p++) row_parts.push_back(make_state<T>(keys));
+  for (int64_t p = 0; p < plan.query.copies; p++) lane_parts.push_back(make_state<T>(queries));
+  for (int64_t p = 0; columns && p < plan.key.copies; p++) row_parts.push_back(make_state<T>(keys));
 
-  for_each_task(plan.tasks(), [&](int64_t task, Scratch& scratch) {
+  for_each_task(plan, [&](const Plan::Task& task, Scratch& scratch) {
     const Kernels<T>& k = kernels<T>();
-    const int64_t query_part = plan.query_part(task);
-    const State<T>& lane = lane_parts[problem.symmetric ? query_part : plan.key_part(task)];
-    const State<T>* row = problem.symmetric ? &lane : columns ? &row_parts[query_part] : nullptr;
+    const State<T>& lane = lane_parts[task.query_copy];
+    const State<T>* row = problem.symmetric ? &lane : columns ? &row_parts[task.key_copy] : nullptr;
     TileWalk<T>(problem, plan, task, scratch, keep, false)
         .run(&lane, row, [&](Tile<T> tile, Tile<T> positive, int64_t begin, int64_t key_begin) {
           const bool both = columns || (problem.symmetric && begin != key_begin);
@@ -160,26 +161,25 @@ PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, con
   const int64_t queries = problem.query.count, keys = problem.key.count;
   const int64_t width = round_up(problem.query.width, kernels<T>().vector);
   const bool symmetric = problem.symmetric;
-  const Plan plan = kept ? kept.plan : make_plan(queries, keys, problem.query.width, symmetric, kSumParts);
+  const Plan plan = kept ? kept.plan : plan_of(problem);
   PairSums<T> sums;
-  if (wanted.query)
-    sums.query = make_partials<T>(symmetric ? plan.query_parts : plan.key_parts, queries, width);
-  if (wanted.key) sums.key = make_partials<T>(plan.query_parts, keys, width);
-  if (wanted.bias) sums.bias = make_partials<T>(plan.query_parts, keys, 1);
+  if (wanted.query) sums.query = make_partials<T>(plan.query.copies, queries, width);
+  if (wanted.key) sums.key = make_partials<T>(plan.key.copies, keys, width);
+  if (wanted.bias) sums.bias = make_partials<T>(plan.key.copies, keys, 1);
+  if (plan.tasks.empty()) {
+    clear(sums.query, 0, 0, queries);
+    clear(sums.key, 0, 0, keys);
+    clear(sums.bias, 0, 0, keys);
+  }
 
-  for_each_task(plan.tasks(), [&](int64_t task, Scratch& scratch) {
+  for_each_task(plan, [&](const Plan::Task& task, Scratch& scratch) {
     const Kernels<T>& k = kernels<T>();
-    const int64_t query_part = plan.query_part(task), key_part = plan.key_part(task);
-    const int64_t first = plan.key_begin(key_part) * plan.block;
-    const int64_t last = std::min(keys, plan.key_end(key_part) * plan.block);
-    clear(sums.key, query_part, first, last);
-    clear(sums.bias, query_part, first, last);
-    if (symmetric) {
-      clear(sums.query, query_part, 0, queries);
-    } else {
-      plan.for_query_blocks(query_part, [&](int64_t block) {
-        clear(sums.query, key_part, block * plan.block, std::min(queries, (block + 1) * plan.block));
-      });
+    if (task.query_turn == 0)
+      clear(sums.query, task.query_copy, plan.query.begin(task.query_group),
+            plan.query.end(task.query_group));
+    if (task.key_turn == 0) {
+      clear(sums.key, task.key_copy, plan.key.begin(task.key_group), plan.key.end(task.key_group));
+      clear(sums.bias, task.key_copy, plan.key.begin(task.key_group), plan.key.end(task.key_group));
     }
     const Partials<T>& row_out = symmetric ? sums.query : sums.key;
     const SideWeights<T>& row_weights = symmetric ? rows : columns;
@@ -194,14 +194,13 @@ PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, con
       } else {
         k.lane_weights(tile, rows.negative(begin));
       }
-      if (sums.query)
-        walk.products().add_to_lanes(tile, sums.query.row(symmetric ? query_part : key_part, begin));
+      if (sums.query) walk.products().add_to_lanes(tile, sums.query.row(task.query_copy, begin));
       if (symmetric ? begin != key_begin : static_cast<bool>(sums.key))
-        walk.products().add_to_rows(tile, row_out.row(query_part, key_begin));
+        walk.products().add_to_rows(tile, row_out.row(task.key_copy, key_begin));
       if (sums.bias)
         for (int64_t r = 0; r < tile.rows; r++)
           for (int64_t i = 0; i < tile.lanes; i++)
-            *sums.bias.row(query_part, key_begin + r) += tile.row(r)[i];
+            *sums.bias.row(task.key_copy, key_begin + r) += tile.row(r)[i];
     });
   });
   return sums;

@@ -12,13 +12,13 @@ struct KeptTiles {
   Buffer<T> tiles;
   Plan plan;
   int64_t capacity = 0;
-  bool symmetric = false;
 
   // Null where the tile is not kept.
   T* tile(int64_t query_block, int64_t key_block) const {
-    const int64_t index = symmetric ? query_block * (2 * plan.key_blocks - query_block - 1) / 2 + key_block
-                                    : query_block * plan.key_blocks + key_block;
-    return index < capacity ? tiles.get() + index * plan.block * plan.block : nullptr;
+    const int64_t blocks = plan.key.blocks, block = plan.key.block;
+    const int64_t index = plan.symmetric ? query_block * (2 * blocks - query_block - 1) / 2 + key_block
+                                         : query_block * blocks + key_block;
+    return index < capacity ? tiles.get() + index * block * block : nullptr;
   }
   explicit operator bool() const { return capacity > 0; }
 };

@@ -16,10 +16,6 @@ constexpr int64_t kMaxSample =
     16384;  // the similarities of a block of queries to them should stay in the cache
 constexpr int64_t kSampleLanes = 32;
 
-int64_t parts_for(int64_t queries, int64_t keys) {
-  return ceil_div(queries, kMaxBlock) >= 8 ? 1 : std::clamp<int64_t>(ceil_div(keys, 8 * kKeyRows), 1, 8);
-}
-
 template <class T>
 void scan(const Problem<T>& problem, int64_t parts, Selector<T>& selector) {
   const int64_t queries = problem.query.count, keys = problem.key.count;
@@ -172,7 +168,7 @@ void Selector<T>::write(T unit, T* values, int64_t* indices) {
 
 template <class T>
 void topk(const Problem<T>& problem, int64_t k, T* values, int64_t* indices) {
-  const int64_t parts = parts_for(problem.query.count, problem.key.count);
+  const int64_t parts = parts_of_keys(problem.query.count, problem.key.count);
   for (bool estimate : {true, false}) {
     Selector<T> selector(problem, k, parts, estimate);
     scan(problem, parts, selector);

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace fastcl {
 namespace {
@@ -57,6 +58,29 @@ inline T horizontal_max(Vec<T> v) {
   T best = v[0];
   for (int64_t i = 1; i < kLanes<T>; i++) best = v[i] > best ? v[i] : best;
   return best;
+}
+
+// Transposes a square, by swapping ever larger blocks across its diagonal.
+template <class T>
+inline void transpose(Vec<T> (&square)[kLanes<T>]) {
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Index Indices __attribute__((vector_size(kVectorBytes)));
+  constexpr int kSide = kLanes<T>;
+#pragma GCC unroll 4
+  for (int half = 1; half < kSide; half *= 2) {
+    Indices low = {}, high = {};
+    for (int e = 0; e < kSide; e++) {
+      low[e] = e & half ? kSide + e - half : e;
+      high[e] = e & half ? kSide + e : e + half;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kSide; i++) {
+      if (i & half) continue;
+      const Vec<T> a = square[i], b = square[i + half];
+      square[i] = __builtin_shuffle(a, b, low);
+      square[i + half] = __builtin_shuffle(a, b, high);
+    }
+  }
 }
 
 // A bit per lane: not (a <= b), so that NaN counts as above.

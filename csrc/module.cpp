@@ -7,6 +7,7 @@
 #include "cpu/attend.h"
 #include "cpu/mochi.h"
 #include "cpu/one_positive.h"
+#include "cpu/products.h"
 #include "cpu/stats.h"
 #include "cpu/topk.h"
 #include "tensors.h"
@@ -261,6 +262,25 @@ void mochi_op(Tensor query, Tensor positive, Tensor keys, Tensor scale, Tensor f
   is_double(query) ? run(0.0) : run(0.0f);
 }
 
+// For measurements: the similarities of a tile's rows to themselves, again and again on every thread.
+void repeat_logits(Tensor x, int64_t parts, int64_t repeats) {
+  const Input rows = input_of(x);
+  const HalfSide half = parts ? half_side({rows}, nullptr, static_cast<int>(parts)) : HalfSide{};
+  Buffer<float> copy;
+  Problem<float> problem;
+  problem.query = problem.key = rows_of<float>({x, {}}, copy);
+  problem.half = {half.rows, half.rows, static_cast<int>(parts)};
+  problem.scale2 = 1;
+  for_each_task(torch::stable::get_num_threads(), [&](int64_t, Scratch& scratch) {
+    const Tile<float> tile{scratch.take<float>(kTileSlot, rows.count * rows.count), rows.count, rows.count,
+                           rows.count};
+    const auto products = make_products(problem, rows.count, rows.count, scratch);
+    products->set_lanes(0, rows.count);
+    products->set_rows(0, rows.count);
+    for (int64_t i = 0; i < repeats; i++) products->logits(tile);
+  });
+}
+
 std::tuple<int64_t, int64_t> isa_levels() {
   return {static_cast<int64_t>(best_isa()), static_cast<int64_t>(current_isa())};
 }
@@ -291,6 +311,7 @@ STABLE_TORCH_LIBRARY(fastcl_native, m) {
       "Tensor partner, Tensor beta, int n_hard, Tensor(a!) loss, Tensor(b!) grad_query, Tensor(c!) "
       "grad_positive, "
       "Tensor(d!) grad_scale) -> ()");
+  m.def("repeat_logits(Tensor x, int parts, int repeats) -> ()");
   m.def("isa_levels() -> (int, int)");
   m.def("force_isa(int level) -> ()");
 }
@@ -300,6 +321,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CPU, m) {
   m.impl("stats_backward", TORCH_BOX(&fastcl::stats_backward));
   m.impl("mochi", TORCH_BOX(&fastcl::mochi_op));
   m.impl("topk", TORCH_BOX(&fastcl::topk_op));
+  m.impl("repeat_logits", TORCH_BOX(&fastcl::repeat_logits));
 }
 STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CompositeExplicitAutograd, m) {
   m.impl("isa_levels", TORCH_BOX(&fastcl::isa_levels));

@@ -46,8 +46,9 @@ _ONE_POSITIVE = ("one_positive", "one_positive_triton")
 for _name in _ONE_POSITIVE:
     _library.define(
         f"{_name}(Tensor query, Tensor positive, Tensor? negatives, Tensor scale, Tensor? query_ids, "
-        "Tensor? negative_ids, int layout, bool normalize, bool normalize_negatives, bool mean, int precision, int needs)"
-        " -> (Tensor loss, Tensor grad_query, Tensor grad_positive, Tensor grad_negatives, Tensor grad_scale)"
+        "Tensor? negative_ids, int layout, bool normalize, bool normalize_negatives, bool mean, "
+        "int precision, int needs) -> "
+        "(Tensor loss, Tensor grad_query, Tensor grad_positive, Tensor grad_negatives, Tensor grad_scale)"
     )
 # no backend's but the extension's, per device
 _library.define(

@@ -6,6 +6,7 @@ namespace fastcl {
 
 namespace {
 
+constexpr int64_t kBlock = 192;
 constexpr int64_t kMinBlocks = 6;  // of the longer side, where each has kMinBlock rows at least
 constexpr int64_t kMinBlock = 64;
 constexpr int64_t kMinPart = 1536;  // keys, so that a part's own sums cost little
@@ -15,11 +16,10 @@ constexpr int64_t kGroupBlocks = 3;  // at least: lanes are packed once per task
 constexpr int64_t kMaxCopies = 16;   // each is zeroed, filled and added up
 constexpr int64_t kCopyBlocks = 4;   // of the other side, at least, for each copy
 
-// The largest block that keeps a tile's operands in the second-level cache, smaller where few blocks
-// would leave threads idle; and all about equal, since tasks wait for each other.
-int64_t block_for(int64_t queries, int64_t keys, int64_t width) {
-  const int64_t longest = std::max(queries, keys), largest = width <= 192 ? 192 : 96;
-  return even_block(longest, std::clamp(ceil_div(longest, kMinBlocks), kMinBlock, largest));
+// A block keeps a tile's operands in the second-level cache; blocks are smaller where few would leave threads
+// idle, and all about equal, since tasks wait for each other.
+int64_t block_for(int64_t longest) {
+  return even_block(longest, std::clamp(ceil_div(longest, kMinBlocks), kMinBlock, kBlock));
 }
 
 Groups make_groups(int64_t count, int64_t block) {
@@ -62,8 +62,8 @@ int64_t parts_of_keys(int64_t queries, int64_t keys) {
   return std::clamp<int64_t>(ceil_div(keys, kMinPart), 1, std::max<int64_t>(kMaxTasks / blocks, 1));
 }
 
-Plan make_plan(int64_t queries, int64_t keys, int64_t width, bool symmetric) {
-  const int64_t block = block_for(queries, keys, width);
+Plan make_plan(int64_t queries, int64_t keys, bool symmetric) {
+  const int64_t block = block_for(std::max(queries, keys));
   Plan plan{make_groups(queries, block), make_groups(keys, block), symmetric, {}};
   const bool by_query = queries >= keys;
   Groups &long_side = by_query ? plan.query : plan.key, &short_side = by_query ? plan.key : plan.query;

@@ -54,7 +54,7 @@ struct Plan {
 // queries.
 int64_t parts_of_keys(int64_t queries, int64_t keys);
 
-Plan make_plan(int64_t queries, int64_t keys, int64_t width, bool symmetric);
+Plan make_plan(int64_t queries, int64_t keys, bool symmetric);
 
 // Who may go next, for each of several things that tasks share. A task may wait for tasks of lower index
 // only: those are under way, whatever the number of threads.

@@ -91,7 +91,7 @@ State<T> merge_parts(std::vector<State<T>> parts, int64_t count) {
 
 template <class T>
 Plan plan_of(const Problem<T>& problem) {
-  return make_plan(problem.query.count, problem.key.count, problem.query.width, problem.symmetric);
+  return make_plan(problem.query.count, problem.key.count, problem.symmetric);
 }
 
 template <class T>

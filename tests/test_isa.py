@@ -160,3 +160,14 @@ def test_a_queue_of_either_dtype(width, dtype, stored, level):
     assert abs(loss.item() / exact.item() - 1) < 1e-6
     error = (leaf.grad.double() - exact_leaf.grad).norm() / exact_leaf.grad.norm()
     assert error < (4e-6 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2])
+def test_bfloat16_rows_that_start_anywhere(offset, level):
+    query, key = torch.randn(2, 90, 67).bfloat16()[:, :, offset : offset + 64].unbind()
+    got, expected = (
+        fastcl.similarity_stats(x, y, scale=3.0, columns=True)
+        for x, y in ((query, key), (query.contiguous(), key.contiguous()))
+    )
+    assert torch.equal(got.lse_neg, expected.lse_neg)
+    assert torch.equal(got.columns.lse_neg, expected.columns.lse_neg)

@@ -58,7 +58,8 @@ HalfSide half_side(std::initializer_list<Input> inputs, const float* factor, int
   if (factor) std::copy_n(factor, count, side.factor.get());
   const Input& only = *inputs.begin();
   const bool as_it_is = inputs.size() == 1 && parts == 1 && only.dtype == DType::bfloat16 &&
-                        only.width % kPairDepth == 0 && only.stride % 2 == 0;
+                        only.width % kPairDepth == 0 && only.stride % 2 == 0 &&
+                        reinterpret_cast<uintptr_t>(only.data) % sizeof(Pair) == 0;
   const int64_t depth = round_up(only.width, kPairDepth);
   side.rows = {static_cast<const uint16_t*>(only.data), only.stride, depth, side.factor.get()};
   if (as_it_is) return side;

@@ -20,7 +20,7 @@ from pytest_benchmark.utils import get_commit_info
 from bench import machine
 from bench.cases import FASTCL, LOSSES, PLAIN, Case, Step, step, step_of
 from bench.timing import Paired, paired, rounds_within, seconds
-from fastcl import native
+from fastcl.numerics import matmul_precision_level
 
 _SIZES = ((256, 128), (1024, 128), (4096, 128), (1024, 512))
 _MODES = (
@@ -68,16 +68,6 @@ def bare_gigaflops(dim: int, parts: int) -> float:
     return 2 * _TILE**2 * dim * _REPEATS * torch.get_num_threads() / best / 1e9
 
 
-def operand_parts(dtype: torch.dtype, precision: str) -> int:
-    """What the extension makes the products of on this machine."""
-    level = native.ISA_LEVELS[native.isa_levels()[1]]
-    if level not in ("avx512_bf16", "amx"):
-        return 0
-    if dtype == torch.bfloat16 or (dtype == torch.float32 and precision == "medium"):
-        return 1
-    return 2 if dtype == torch.float32 and precision == "high" and level == "amx" else 0
-
-
 def measure(rows: int, dim: int, dtype: torch.dtype, precision: str) -> Row:
     case = Case("nt_xent", rows, dim, dtype=dtype)
     torch.set_float32_matmul_precision(precision)
@@ -85,7 +75,7 @@ def measure(rows: int, dim: int, dtype: torch.dtype, precision: str) -> Row:
     arguments = tuple(x.detach().double().requires_grad_() for x in case.arguments())
     exact = step_of(case, LOSSES[case.loss].function(PLAIN), arguments)()
     loss_error, gradient_error = _errors(ours, exact)
-    parts = operand_parts(dtype, precision)
+    parts = torch.ops.fastcl_native.operand_parts(case.arguments()[0], matmul_precision_level())
     times = paired(plain, ours, _SECONDS)
     bare = bare_gigaflops(dim, parts)
     threads = torch.get_num_threads()
@@ -185,7 +175,8 @@ def main() -> None:
         rows.append(row)
         print(f"{row.size} {row.dtype} {row.precision}: {row.times.ratio:.2f}x, {row.share:.0%}", flush=True)
     torch.set_float32_matmul_precision("highest")
-    split = bare_gigaflops(128, 2) if operand_parts(torch.bfloat16, "highest") else 0.0
+    has_units = torch.ops.fastcl_native.operand_parts(torch.empty(0, dtype=torch.bfloat16), 0)
+    split = bare_gigaflops(128, 2) if has_units else 0.0
     commit = get_commit_info()["id"][:10]  # type: ignore[no-untyped-call]
     text = markdown(rows, described, commit, split)
     out = arguments.out or _RESULTS / f"precision-{commit[:7]}.json"

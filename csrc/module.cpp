@@ -60,7 +60,7 @@ Rows<T> rows_of(const Side& side, Buffer<T>& copy) {
 template <class T>
 struct OwnedProblem {
   Buffer<T> query, key;
-  HalfSide half_query, half_key;
+  BFloat16Side bfloat16_query, bfloat16_key;
   Problem<T> problem;
 
   OwnedProblem(const Side& x, const Side& y, double scale, const OptionalTensor& bias2,
@@ -68,9 +68,9 @@ struct OwnedProblem {
                const OptionalTensor& positive_query, const OptionalTensor& positive_key, bool symmetric,
                Precision precision) {
     if (const int parts = bfloat16_parts({dtype_of(x.rows), dtype_of(y.rows)}, precision)) {
-      half_query = half_side({input_of(x.rows)}, values_of<float>(x.factor), parts);
-      if (!symmetric) half_key = half_side({input_of(y.rows)}, values_of<float>(y.factor), parts);
-      problem.half = {half_query.rows, symmetric ? half_query.rows : half_key.rows, parts};
+      bfloat16_query = bfloat16_side({input_of(x.rows)}, values_of<float>(x.factor), parts);
+      if (!symmetric) bfloat16_key = bfloat16_side({input_of(y.rows)}, values_of<float>(y.factor), parts);
+      problem.bfloat16 = {bfloat16_query.rows, symmetric ? bfloat16_query.rows : bfloat16_key.rows, parts};
       problem.query.count = x.rows.size(0);
       problem.key.count = y.rows.size(0);
       problem.query.width = problem.key.width = x.rows.size(1);
@@ -262,14 +262,19 @@ void mochi_op(Tensor query, Tensor positive, Tensor keys, Tensor scale, Tensor f
   is_double(query) ? run(0.0) : run(0.0f);
 }
 
+// Of the operands of products of such rows, for measurements.
+int64_t operand_parts(Tensor x, int64_t precision) {
+  return bfloat16_parts({dtype_of(x)}, static_cast<Precision>(precision));
+}
+
 // For measurements: the similarities of a tile's rows to themselves, again and again on every thread.
 void repeat_logits(Tensor x, int64_t parts, int64_t repeats) {
   const Input rows = input_of(x);
-  const HalfSide half = parts ? half_side({rows}, nullptr, static_cast<int>(parts)) : HalfSide{};
+  const BFloat16Side side = parts ? bfloat16_side({rows}, nullptr, static_cast<int>(parts)) : BFloat16Side{};
   Buffer<float> copy;
   Problem<float> problem;
   problem.query = problem.key = rows_of<float>({x, {}}, copy);
-  problem.half = {half.rows, half.rows, static_cast<int>(parts)};
+  problem.bfloat16 = {side.rows, side.rows, static_cast<int>(parts)};
   problem.scale2 = 1;
   for_each_task(torch::stable::get_num_threads(), [&](int64_t, Scratch& scratch) {
     const Tile<float> tile{scratch.take<float>(kTileSlot, rows.count * rows.count), rows.count, rows.count,
@@ -312,6 +317,7 @@ STABLE_TORCH_LIBRARY(fastcl_native, m) {
       "grad_positive, "
       "Tensor(d!) grad_scale) -> ()");
   m.def("repeat_logits(Tensor x, int parts, int repeats) -> ()");
+  m.def("operand_parts(Tensor x, int precision) -> int");
   m.def("isa_levels() -> (int, int)");
   m.def("force_isa(int level) -> ()");
 }
@@ -322,6 +328,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CPU, m) {
   m.impl("mochi", TORCH_BOX(&fastcl::mochi_op));
   m.impl("topk", TORCH_BOX(&fastcl::topk_op));
   m.impl("repeat_logits", TORCH_BOX(&fastcl::repeat_logits));
+  m.impl("operand_parts", TORCH_BOX(&fastcl::operand_parts));
 }
 STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CompositeExplicitAutograd, m) {
   m.impl("isa_levels", TORCH_BOX(&fastcl::isa_levels));

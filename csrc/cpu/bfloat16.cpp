@@ -61,14 +61,14 @@ void load_rows(uint16_t* dst, int64_t depth, int parts, const void* src, DType d
   }
 }
 
-const Pair* pairs_of(HalfRows x, int64_t row, int part) {
+const Pair* pairs_of(BFloat16Rows x, int64_t row, int part) {
   return reinterpret_cast<const Pair*>(x.row(row) + part * x.depth);
 }
 
-void pack_rows(PackedPairs packed, HalfRows x, int parts, int64_t rows) {
+void pack_rows(PackedPairs packed, BFloat16Rows x, int parts, int64_t rows) {
   const int64_t depth = x.depth / 2, stride = x.stride / 2;
   for (int part = 0; part < parts; part++) {
-    for (int64_t row = 0; row < padded(rows, kPairPanel); row += kHalfPanel) {
+    for (int64_t row = 0; row < padded(rows, kPairPanel); row += kPairVector) {
       Pair* panel = packed.data + part * packed.part_stride + row / kPairPanel * depth * kPairPanel;
       const int64_t count = rows > row ? rows - row : 0;
       for (int64_t k = 0; k < depth; k += 16)
@@ -78,7 +78,7 @@ void pack_rows(PackedPairs packed, HalfRows x, int parts, int64_t rows) {
   }
 }
 
-void pack_components(PackedPairs packed, HalfRows x, int parts, int64_t rows) {
+void pack_components(PackedPairs packed, BFloat16Rows x, int parts, int64_t rows) {
   const int64_t depth = padded(rows, kPairDepth) / 2;
   for (int part = 0; part < parts; part++) {
     Pair* panels = packed.data + part * packed.part_stride;
@@ -87,7 +87,7 @@ void pack_components(PackedPairs packed, HalfRows x, int parts, int64_t rows) {
         if (row >= rows) return __m512i{};
         return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(x.row(row) + part * x.depth + d)));
       };
-      for (int64_t d = 0; d < x.depth; d += kHalfPanel)
+      for (int64_t d = 0; d < x.depth; d += kPairVector)
         _mm512_storeu_si512(panels + d / kPairPanel * depth * kPairPanel + k * kPairPanel + d % kPairPanel,
                             joined(load(2 * k, d), load(2 * k + 1, d)));
     }
@@ -106,11 +106,11 @@ void set_terms(PairProduct& p, int parts, PairProduct::Term base, PairProduct::T
   p.term[p.terms++] = base;
 }
 
-void logits(Tile<float> tile, HalfRows y, PackedPairs x, int parts, const float* lane_factor,
+void logits(Tile<float> tile, BFloat16Rows y, PackedPairs x, int parts, const float* lane_factor,
             const float* bias) {
   PairProduct p;
   p.rows = tile.rows;
-  p.columns = padded(tile.lanes, kHalfPanel);
+  p.columns = padded(tile.lanes, kPairVector);
   p.depth = y.depth / 2;
   p.a_row = y.stride / 2;
   p.a_depth = 1;

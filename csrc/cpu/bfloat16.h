@@ -14,7 +14,7 @@ constexpr int64_t kPairPanel = 32;  // columns of a packed panel
 constexpr int kMaxParts = 2;
 
 // Rows as bfloat16, `depth` per part, the parts side by side.
-struct HalfRows {
+struct BFloat16Rows {
   const uint16_t* data = nullptr;
   int64_t stride = 0;
   int64_t depth = 0;              // a multiple of kPairDepth
@@ -34,12 +34,12 @@ struct BFloat16Kernels {
   void (*load_rows)(uint16_t* dst, int64_t depth, int parts, const void* src, DType dtype, int64_t src_stride,
                     int64_t rows, int64_t width);
   // Packs rows as columns, with their components as depth; and components as columns, with rows as depth.
-  void (*pack_rows)(PackedPairs packed, HalfRows x, int parts, int64_t rows);
-  void (*pack_components)(PackedPairs packed, HalfRows x, int parts, int64_t rows);
+  void (*pack_rows)(PackedPairs packed, BFloat16Rows x, int parts, int64_t rows);
+  void (*pack_components)(PackedPairs packed, BFloat16Rows x, int parts, int64_t rows);
 
   // tile = (y x^T) factor of the row * lane_factor + bias (null: 0), bias per row; lanes past the last are
   // excluded. `x` is packed by rows.
-  void (*logits)(Tile<float> tile, HalfRows y, PackedPairs x, int parts, const float* lane_factor,
+  void (*logits)(Tile<float> tile, BFloat16Rows y, PackedPairs x, int parts, const float* lane_factor,
                  const float* bias);
   // lane_out += tile^T (row_factor y), `y` packed by components, out of `width` floats per row. Rounds the
   // tile into `rounded`, which holds `parts` tiles of bfloat16.

@@ -30,7 +30,7 @@ class Loss {
     problem_.bias2 = nullptr;
     problem_.symmetric = views;
     set_keys();
-    if constexpr (std::is_same_v<T, float>) set_half_rows();
+    if constexpr (std::is_same_v<T, float>) set_bfloat16_rows();
     if (args.layout != Layout::negatives) {
       ids_ = allocate<int64_t>(rows_);
       for (int64_t i = 0; i < rows_; i++) ids_[i] = i % n;
@@ -72,20 +72,20 @@ class Loss {
     }
   }
 
-  void set_half_rows() {
+  void set_bfloat16_rows() {
     const bool views = args_.layout == Layout::views, negatives = args_.layout == Layout::negatives;
     const Input& key = negatives ? args_.negatives : args_.positive;
     const int parts = bfloat16_parts({args_.query.dtype, key.dtype}, args_.precision);
     if (!parts || (views && rows_ <= kSingleTile)) return;
     if (views) {
-      half_query_ = half_side({args_.query, args_.positive}, query_, parts);
+      bfloat16_query_ = bfloat16_side({args_.query, args_.positive}, query_, parts);
     } else {
-      half_query_ = half_side({args_.query}, query_, parts);
-      half_key_ = negatives && !args_.normalize_negatives
-                      ? half_side({key}, static_cast<const float*>(nullptr), parts)
-                      : half_side({key}, negatives ? negatives_ : positive_, parts);
+      bfloat16_query_ = bfloat16_side({args_.query}, query_, parts);
+      bfloat16_key_ = negatives && !args_.normalize_negatives
+                          ? bfloat16_side({key}, static_cast<const float*>(nullptr), parts)
+                          : bfloat16_side({key}, negatives ? negatives_ : positive_, parts);
     }
-    problem_.half = {half_query_.rows, views ? half_query_.rows : half_key_.rows, parts};
+    problem_.bfloat16 = {bfloat16_query_.rows, views ? bfloat16_query_.rows : bfloat16_key_.rows, parts};
   }
 
   const T* positive_row(int64_t i) const {
@@ -236,7 +236,7 @@ class Loss {
   const OnePositive& args_;
   const OnePositiveResult<T>& result_;
   UnitRows<T> query_, positive_, negatives_;
-  HalfSide half_query_, half_key_;
+  BFloat16Side bfloat16_query_, bfloat16_key_;
   Problem<T> problem_;
   Buffer<int64_t> ids_;
   int64_t rows_;

@@ -30,7 +30,7 @@ struct PairProduct {
   }
 };
 
-constexpr int64_t kHalfPanel = kPairPanel / 2;  // a vector, or a row of an AMX tile
+constexpr int64_t kPairVector = kPairPanel / 2;  // a vector, or a row of an AMX tile
 
 #if defined(__AMX_BF16__)
 
@@ -63,7 +63,7 @@ static_assert(sizeof(TileConfiguration) == 64);
 #define FASTCL_TILE_PRODUCT(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c::: "memory")
 
 void product_block(const PairProduct& p, int64_t i, int64_t j, int64_t rows, int64_t columns) {
-  const bool lower = rows > 16, right = columns > kHalfPanel;
+  const bool lower = rows > 16, right = columns > kPairVector;
   const int64_t a_stride = p.a_row * sizeof(Pair), b_stride = kPairPanel * sizeof(Pair);
   const int64_t c_stride = p.c_stride * sizeof(float);
   float* const c = p.c + i * p.c_stride + j;
@@ -74,9 +74,9 @@ void product_block(const PairProduct& p, int64_t i, int64_t j, int64_t rows, int
   FASTCL_TILE_ZERO(3);
   if (p.accumulates()) {
     FASTCL_TILE_LOAD(0, c, c_stride);
-    if (right) FASTCL_TILE_LOAD(1, c + kHalfPanel, c_stride);
+    if (right) FASTCL_TILE_LOAD(1, c + kPairVector, c_stride);
     if (lower) FASTCL_TILE_LOAD(2, c_lower, c_stride);
-    if (lower && right) FASTCL_TILE_LOAD(3, c_lower + kHalfPanel, c_stride);
+    if (lower && right) FASTCL_TILE_LOAD(3, c_lower + kPairVector, c_stride);
   }
   for (int t = 0; t < p.terms; t++) {
     const Pair* a = p.term[t].a + i * p.a_row;
@@ -86,7 +86,7 @@ void product_block(const PairProduct& p, int64_t i, int64_t j, int64_t rows, int
       FASTCL_TILE_LOAD(4, a, a_stride);
       FASTCL_TILE_PRODUCT(0, 4, 6);
       if (right) {
-        FASTCL_TILE_LOAD(7, b + kHalfPanel, b_stride);
+        FASTCL_TILE_LOAD(7, b + kPairVector, b_stride);
         FASTCL_TILE_PRODUCT(1, 4, 7);
       }
       if (lower) {
@@ -97,12 +97,12 @@ void product_block(const PairProduct& p, int64_t i, int64_t j, int64_t rows, int
     }
   }
   FASTCL_TILE_STORE(0, c, c_stride);
-  if (right) FASTCL_TILE_STORE(1, c + kHalfPanel, c_stride);
+  if (right) FASTCL_TILE_STORE(1, c + kPairVector, c_stride);
   if (lower) FASTCL_TILE_STORE(2, c_lower, c_stride);
-  if (lower && right) FASTCL_TILE_STORE(3, c_lower + kHalfPanel, c_stride);
+  if (lower && right) FASTCL_TILE_STORE(3, c_lower + kPairVector, c_stride);
   if (p.accumulates()) return;
   for (int64_t r = 0; r < rows; r++)
-    for (int64_t column = 0; column < columns; column += kHalfPanel)
+    for (int64_t column = 0; column < columns; column += kPairVector)
       _mm512_storeu_ps(c + r * p.c_stride + column,
                        p.finished(_mm512_loadu_ps(c + r * p.c_stride + column), i + r, j + column));
 }
@@ -134,7 +134,7 @@ void product_rows(const PairProduct& p, int64_t i, int64_t j) {
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; v++)
       acc[r][v] =
-          p.accumulates() ? _mm512_loadu_ps(c + r * p.c_stride + v * kHalfPanel) : _mm512_setzero_ps();
+          p.accumulates() ? _mm512_loadu_ps(c + r * p.c_stride + v * kPairVector) : _mm512_setzero_ps();
   }
   for (int t = 0; t < p.terms; t++) {
     const Pair* a = p.term[t].a + i * p.a_row;
@@ -142,7 +142,7 @@ void product_rows(const PairProduct& p, int64_t i, int64_t j) {
     for (int64_t k = 0; k < p.depth; k++, a += p.a_depth, b += kPairPanel) {
       __m512bh bv[VECTORS];
 #pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; v++) bv[v] = (__m512bh)_mm512_loadu_si512(b + v * kHalfPanel);
+      for (int v = 0; v < VECTORS; v++) bv[v] = (__m512bh)_mm512_loadu_si512(b + v * kPairVector);
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; r++) {
         const __m512bh x = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[r * p.a_row]));
@@ -155,8 +155,8 @@ void product_rows(const PairProduct& p, int64_t i, int64_t j) {
   for (int r = 0; r < ROWS; r++) {
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; v++)
-      _mm512_storeu_ps(c + r * p.c_stride + v * kHalfPanel,
-                       p.accumulates() ? acc[r][v] : p.finished(acc[r][v], i + r, j + v * kHalfPanel));
+      _mm512_storeu_ps(c + r * p.c_stride + v * kPairVector,
+                       p.accumulates() ? acc[r][v] : p.finished(acc[r][v], i + r, j + v * kPairVector));
   }
 }
 
@@ -164,7 +164,7 @@ template <int ROWS = kBlockRows>
 void product_block(const PairProduct& p, int64_t i, int64_t j, int64_t rows, int64_t columns) {
   if constexpr (ROWS > 0) {
     if (rows < ROWS) return product_block<ROWS - 1>(p, i, j, rows, columns);
-    columns > kHalfPanel ? product_rows<ROWS, 2>(p, i, j) : product_rows<ROWS, 1>(p, i, j);
+    columns > kPairVector ? product_rows<ROWS, 2>(p, i, j) : product_rows<ROWS, 1>(p, i, j);
   }
 }
 

@@ -49,15 +49,15 @@ struct Rows {
 };
 
 // Both sides for products of bfloat16; parts is 0 where products are made in T.
-struct HalfProblem {
-  HalfRows query, key;
+struct BFloat16Problem {
+  BFloat16Rows query, key;
   int parts = 0;
 };
 
 template <class T>
 struct Problem {
   Rows<T> query, key;
-  HalfProblem half;
+  BFloat16Problem bfloat16;
   T scale2 = 0;              // logits in log2 units per unit of similarity
   const T* bias2 = nullptr;  // (M), log2 units, or null
   Ids exclude, positive;     // row: key ids (M), lane: query ids (N); null without the rule

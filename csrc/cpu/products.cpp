@@ -62,8 +62,8 @@ class ProductsOfPairs : public Products<float> {
  public:
   ProductsOfPairs(const Problem<float>& problem, int64_t max_rows, int64_t max_lanes, Scratch& scratch)
       : problem_(problem),
-        parts_(problem.half.parts),
-        depth_(problem.half.query.depth),
+        parts_(problem.bfloat16.parts),
+        depth_(problem.bfloat16.query.depth),
         width_(round_up(problem.query.width, kernels<float>().vector)) {
     max_rows = round_up(max_rows, kPairDepth);
     max_lanes = round_up(max_lanes, kPairPanel);
@@ -80,7 +80,7 @@ class ProductsOfPairs : public Products<float> {
   }
 
   void set_lanes(int64_t begin, int64_t count) override {
-    lanes_ = rows_from(problem_.half.query, begin);
+    lanes_ = rows_from(problem_.bfloat16.query, begin);
     lane_count_ = count;
     packed_by_row_ = lanes_by_component_packed_ = false;
     for (int64_t i = 0; i < round_up(count, kLaneUnit); i++) {
@@ -89,7 +89,7 @@ class ProductsOfPairs : public Products<float> {
     }
   }
   void set_rows(int64_t begin, int64_t count) override {
-    rows_ = rows_from(problem_.half.key, begin);
+    rows_ = rows_from(problem_.bfloat16.key, begin);
     row_begin_ = begin;
     row_count_ = count;
     rows_packed_ = false;
@@ -116,7 +116,7 @@ class ProductsOfPairs : public Products<float> {
   }
 
  private:
-  static HalfRows rows_from(HalfRows x, int64_t begin) {
+  static BFloat16Rows rows_from(BFloat16Rows x, int64_t begin) {
     return {x.row(begin), x.stride, x.depth, x.factor + begin};
   }
 
@@ -124,7 +124,7 @@ class ProductsOfPairs : public Products<float> {
   const Problem<float>& problem_;
   const int parts_;
   const int64_t depth_, width_;
-  HalfRows lanes_, rows_;
+  BFloat16Rows lanes_, rows_;
   int64_t lane_count_ = 0, row_begin_ = 0, row_count_ = 0;
   PackedPairs lanes_by_row_, lanes_by_component_, rows_by_component_;
   bool packed_by_row_ = false, lanes_by_component_packed_ = false, rows_packed_ = false;
@@ -138,7 +138,8 @@ template <class T>
 std::unique_ptr<Products<T>> make_products(const Problem<T>& problem, int64_t max_rows, int64_t max_lanes,
                                            Scratch& scratch) {
   if constexpr (std::is_same_v<T, float>)
-    if (problem.half.parts) return std::make_unique<ProductsOfPairs>(problem, max_rows, max_lanes, scratch);
+    if (problem.bfloat16.parts)
+      return std::make_unique<ProductsOfPairs>(problem, max_rows, max_lanes, scratch);
   return std::make_unique<ProductsInT<T>>(problem, max_lanes, scratch);
 }
 

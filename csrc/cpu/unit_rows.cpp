@@ -50,8 +50,8 @@ int bfloat16_parts(std::initializer_list<DType> dtypes, Precision precision) {
   return precision == Precision::high && current_isa() == Isa::amx ? 2 : 0;
 }
 
-HalfSide half_side(std::initializer_list<Input> inputs, const float* factor, int parts) {
-  HalfSide side;
+BFloat16Side bfloat16_side(std::initializer_list<Input> inputs, const float* factor, int parts) {
+  BFloat16Side side;
   int64_t count = 0;
   for (const Input& input : inputs) count += input.count;
   side.factor = allocate_filled(count, 1.0f);
@@ -78,12 +78,12 @@ HalfSide half_side(std::initializer_list<Input> inputs, const float* factor, int
   return side;
 }
 
-HalfSide half_side(std::initializer_list<Input> inputs, const UnitRows<float>& unit, int parts) {
+BFloat16Side bfloat16_side(std::initializer_list<Input> inputs, const UnitRows<float>& unit, int parts) {
   for (const Input& input : inputs)
     if (input.dtype != DType::bfloat16)
-      return half_side({{unit.rows.get(), DType::float32, unit.stride, unit.count, unit.width}},
-                       static_cast<const float*>(nullptr), parts);
-  return half_side(inputs, unit.inverse.get(), parts);
+      return bfloat16_side({{unit.rows.get(), DType::float32, unit.stride, unit.count, unit.width}},
+                           static_cast<const float*>(nullptr), parts);
+  return bfloat16_side(inputs, unit.inverse.get(), parts);
 }
 
 template <class T>

@@ -44,14 +44,14 @@ enum class Precision : int { highest, high, medium };
 int bfloat16_parts(std::initializer_list<DType> dtypes, Precision precision);
 
 // A side for bfloat16 products: inputs stacked, each row times its factor (null: 1).
-struct HalfSide {
+struct BFloat16Side {
   Buffer<uint16_t> memory;
   Buffer<float> factor;
-  HalfRows rows;
+  BFloat16Rows rows;
 };
-HalfSide half_side(std::initializer_list<Input> inputs, const float* factor, int parts);
+BFloat16Side bfloat16_side(std::initializer_list<Input> inputs, const float* factor, int parts);
 // The same from the inputs of `unit`: exact for bfloat16 inputs, whose norms become factors.
-HalfSide half_side(std::initializer_list<Input> inputs, const UnitRows<float>& unit, int parts);
+BFloat16Side bfloat16_side(std::initializer_list<Input> inputs, const UnitRows<float>& unit, int parts);
 
 // Gradient of row i from `sum`, that of its unit row before the scale, in place; returns <unit row, sum>.
 template <class T>

@@ -94,16 +94,15 @@ void pack_components(PackedPairs packed, BFloat16Rows x, int parts, int64_t rows
   }
 }
 
-// The terms of a product of split matrices, the largest last; `second`: what a and b are offset by for
-// their second parts.
-void set_terms(PairProduct& p, int parts, PairProduct::Term base, PairProduct::Term second_part) {
-  const int64_t a = second_part.a - base.a, b = second_part.b - base.b;
+// The terms of a product of split matrices, the largest last; the product of their second parts is below
+// the rounding of the rest.
+void set_terms(PairProduct& p, int parts, const Pair* a, int64_t a_part, PackedPairs b) {
   p.terms = 0;
   if (parts > 1) {
-    p.term[p.terms++] = {base.a + a, base.b};
-    p.term[p.terms++] = {base.a, base.b + b};
+    p.term[p.terms++] = {a + a_part, b.data};
+    p.term[p.terms++] = {a, b.data + b.part_stride};
   }
-  p.term[p.terms++] = base;
+  p.term[p.terms++] = {a, b.data};
 }
 
 void logits(Tile<float> tile, BFloat16Rows y, PackedPairs x, int parts, const float* lane_factor,
@@ -120,7 +119,7 @@ void logits(Tile<float> tile, BFloat16Rows y, PackedPairs x, int parts, const fl
   p.row_factor = y.factor;
   p.column_factor = lane_factor;
   p.offset = bias;
-  set_terms(p, parts, {pairs_of(y, 0, 0), x.data}, {pairs_of(y, 0, 1), x.data + x.part_stride});
+  set_terms(p, parts, pairs_of(y, 0, 0), y.depth / 2, x);
   multiply(p);
   for (int64_t r = 0; r < tile.rows; r++)
     for (int64_t l = tile.lanes; l < p.columns; l++) tile.row(r)[l] = excluded_logit<float>;
@@ -218,7 +217,7 @@ void add_product(Rounded w, bool pairs_in_line, int64_t rows, int64_t depth, Pac
   p.panel_stride = depth * kPairPanel;
   p.c = out;
   p.c_stride = width;
-  set_terms(p, parts, {w.data, b.data}, {w.data + w.part_stride(), b.data + b.part_stride});
+  set_terms(p, parts, w.data, w.part_stride(), b);
   multiply(p);
 }
 

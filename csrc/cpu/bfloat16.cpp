@@ -7,8 +7,6 @@
 namespace fastcl {
 namespace {
 
-int64_t padded(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
-
 // Sixteen float32 rounded into the low halves of sixteen words; and what rounding left.
 __m512i rounded(__m512 x) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)); }
 __m512 rest(__m512 x, __m512i high) { return x - (__m512)_mm512_slli_epi32(high, 16); }
@@ -68,7 +66,7 @@ const Pair* pairs_of(BFloat16Rows x, int64_t row, int part) {
 void pack_rows(PackedPairs packed, BFloat16Rows x, int parts, int64_t rows) {
   const int64_t depth = x.depth / 2, stride = x.stride / 2;
   for (int part = 0; part < parts; part++) {
-    for (int64_t row = 0; row < padded(rows, kPairPanel); row += kPairVector) {
+    for (int64_t row = 0; row < round_up(rows, kPairPanel); row += kPairVector) {
       Pair* panel = packed.data + part * packed.part_stride + row / kPairPanel * depth * kPairPanel;
       const int64_t count = rows > row ? rows - row : 0;
       for (int64_t k = 0; k < depth; k += 16)
@@ -79,7 +77,7 @@ void pack_rows(PackedPairs packed, BFloat16Rows x, int parts, int64_t rows) {
 }
 
 void pack_components(PackedPairs packed, BFloat16Rows x, int parts, int64_t rows) {
-  const int64_t depth = padded(rows, kPairDepth) / 2;
+  const int64_t depth = round_up(rows, kPairDepth) / 2;
   for (int part = 0; part < parts; part++) {
     Pair* panels = packed.data + part * packed.part_stride;
     for (int64_t k = 0; k < depth; k++) {
@@ -109,7 +107,7 @@ void logits(Tile<float> tile, BFloat16Rows y, PackedPairs x, int parts, const fl
             const float* bias) {
   PairProduct p;
   p.rows = tile.rows;
-  p.columns = padded(tile.lanes, kPairVector);
+  p.columns = round_up(tile.lanes, kPairVector);
   p.depth = y.depth / 2;
   p.a_row = y.stride / 2;
   p.a_depth = 1;
@@ -153,7 +151,7 @@ RoundedPairs round_row_pairs(Tile<float> tile, const float* row_factor, int64_t 
 #if defined(__AMX_BF16__)
 // [lane][row / 2], as AMX reads it
 Rounded round_by_rows(Tile<float> tile, const float* row_factor, int parts, Pair* out) {
-  const Rounded result{out, padded(tile.rows, kPairDepth) / 2, padded(tile.lanes, 16)};
+  const Rounded result{out, round_up(tile.rows, kPairDepth) / 2, round_up(tile.lanes, 16)};
   alignas(64) Pair buffer[kMaxParts][16 * 16];
   for (int64_t r = 0; r < tile.rows; r += kPairDepth) {
     for (int64_t l = 0; l < tile.lanes; l += 16) {
@@ -173,7 +171,7 @@ constexpr bool kPairsInLine = true;
 #else
 // [row / 2][lane], as vdpbf16ps may
 Rounded round_by_rows(Tile<float> tile, const float* row_factor, int parts, Pair* out) {
-  const Rounded result{out, tile.stride, padded(tile.rows, kPairDepth) / 2};
+  const Rounded result{out, tile.stride, round_up(tile.rows, kPairDepth) / 2};
   for (int64_t k = 0; k < result.lines; k++) {
     for (int64_t l = 0; l < tile.lanes; l += 16) {
       const RoundedPairs pairs = round_row_pairs(tile, row_factor, 2 * k, l);
@@ -189,7 +187,7 @@ constexpr bool kPairsInLine = false;
 
 // Pairs along the lanes: [row][lane / 2].
 Rounded round_by_lanes(Tile<float> tile, const float* lane_factor, int parts, Pair* out) {
-  const Rounded result{out, padded(tile.lanes, kPairDepth) / 2, tile.rows};
+  const Rounded result{out, round_up(tile.lanes, kPairDepth) / 2, tile.rows};
   for (int64_t r = 0; r < tile.rows; r++) {
     for (int64_t l = 0; l < 2 * result.stride; l += 16) {
       const __mmask16 mask = first(tile.lanes > l ? tile.lanes - l : 0);
@@ -224,13 +222,13 @@ void add_product(Rounded w, bool pairs_in_line, int64_t rows, int64_t depth, Pac
 void add_to_lanes(Tile<float> tile, const float* row_factor, PackedPairs y, int parts, Pair* rounded,
                   float* out, int64_t width) {
   const Rounded w = round_by_rows(tile, row_factor, parts, rounded);
-  add_product(w, kPairsInLine, tile.lanes, padded(tile.rows, kPairDepth) / 2, y, parts, out, width);
+  add_product(w, kPairsInLine, tile.lanes, round_up(tile.rows, kPairDepth) / 2, y, parts, out, width);
 }
 
 void add_to_rows(Tile<float> tile, const float* lane_factor, PackedPairs x, int parts, Pair* rounded,
                  float* out, int64_t width) {
   const Rounded w = round_by_lanes(tile, lane_factor, parts, rounded);
-  add_product(w, true, tile.rows, padded(tile.lanes, kPairDepth) / 2, x, parts, out, width);
+  add_product(w, true, tile.rows, round_up(tile.lanes, kPairDepth) / 2, x, parts, out, width);
 }
 
 constexpr BFloat16Kernels kTable = {load_rows, pack_rows, pack_components, logits, add_to_lanes, add_to_rows};

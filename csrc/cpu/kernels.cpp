@@ -12,10 +12,9 @@ namespace {
 template <class T>
 constexpr T kSharedRange = 24;
 
-constexpr int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 template <class T>
 int64_t vectors_of(const Tile<T>& tile) {
-  return (tile.lanes + kLanes<T> - 1) / kLanes<T>;
+  return ceil_div(tile.lanes, kLanes<T>);
 }
 template <class T>
 Vec<T> empty_vector() {

@@ -8,6 +8,11 @@
 
 namespace fastcl {
 
+namespace {  // a copy per instruction set
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+}  // namespace
+
 enum class DType : int { float64, float32, float16, bfloat16 };
 
 // Stands for "no such pair": far below every logit, yet finite, so that no arithmetic on it makes a NaN.

@@ -6,12 +6,10 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/kernels.h"
 #include "cpu/parallel.h"
 
 namespace fastcl {
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 constexpr int64_t kMaxBlock = 256;  // lanes or rows of a tile
 constexpr int64_t kLaneUnit = 32;   // blocks are multiples of it: whole panels at every level

@@ -15,9 +15,8 @@ UnitRows<T> unit_rows(std::initializer_list<Input> inputs, bool normalize) {
     int64_t offset = 0;
     for (const Input& input : inputs) {
       const int64_t first = std::max(begin, offset), last = std::min(end, offset + input.count);
-      const Rows<T> raw{input.data, input.dtype, input.stride, input.count, input.width};
       if (first < last)
-        k.load_rows(unit.row(first), unit.stride, raw.source(first - offset), input.dtype, input.stride,
+        k.load_rows(unit.row(first), unit.stride, input.row(first - offset), input.dtype, input.stride,
                     last - first, input.width, nullptr);
       offset += input.count;
     }

@@ -90,20 +90,20 @@ struct OwnedProblem {
 template <class T>
 void write_state(const State<T>& state, int64_t count, const Tensor& statistics, const Tensor& saved) {
   T *out = out_of<T>(statistics), *kept = out_of<T>(saved);
-  using S = State<T>;
   for_each_range(count, 1024, [&](int64_t begin, int64_t end, Scratch&) {
     for (int64_t i = begin; i < end; i++) {
       const LogSum<T> entries[] = {state.negative(i), state.positive(i)};
       for (int side = 0; side < 2; side++) {
-        const T max = *entries[side].max, sum = *entries[side].sum;
+        const T max = *entries[side].max, sum = entries[side].total();
         const bool empty = is_empty(max) && !std::isnan(sum);
         out[side * count + i] = log_sum_exp(max, sum);
         kept[2 * side * count + i] = empty ? -INFINITY : max;
         kept[(2 * side + 1) * count + i] = empty ? T(0) : sum;
       }
-      out[2 * count + i] = state.field(S::kPosTotal)[i] * static_cast<T>(kLn2);
-      out[3 * count + i] = state.field(S::kPosCount)[i];
-      const T max = *entries[0].max, sum = *entries[0].sum;
+      const PositiveSums<T> positives = state.positive_sums(i);
+      out[2 * count + i] = positives.sum.total() * static_cast<T>(kLn2);
+      out[3 * count + i] = *positives.count;
+      const T max = *entries[0].max, sum = entries[0].total();
       out[4 * count + i] = std::isnan(sum) ? sum : is_empty(max) ? -INFINITY : max * static_cast<T>(kLn2);
     }
   });
@@ -121,7 +121,7 @@ void run_stats_forward(const OwnedProblem<T>& owned, bool columns, const Tensor&
     for_each_range(queries, 64, [&](int64_t begin, int64_t end, Scratch&) {
       for (int64_t i = begin; i < end; i++) {
         const LogSum<T> entry = attended.rows.negative(i);
-        const T factor = weight_factor(T(1), *entry.max, *entry.sum);
+        const T factor = weight_factor(T(1), *entry.max, entry.total());
         for (int64_t d = 0; d < problem.query.width; d++)
           out[i * problem.query.width + d] = attended.query.row(0, i)[d] * factor;
       }

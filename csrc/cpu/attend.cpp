@@ -46,8 +46,8 @@ void attend_block(const Problem<T>& problem, Selector<T>* selector, int64_t part
     if (selector) selector->offer(tile, begin, part, key_begin, scratch);
     std::copy_n(state.max, lanes, before);
     k.lane_max(tile, state.max);
-    rescale(lanes, before, state.max, state.sum, out, width);
-    k.exponentiate(tile, state.max, state.sum);
+    rescale(lanes, before, state.max, state.sum.sum, out, width);
+    k.exponentiate(tile, state.max, state.sum.sum);
     products->add_to_lanes(tile, out);
   }
 }
@@ -80,7 +80,7 @@ Attended<T> attend(const Problem<T>& problem, Selector<T>* selector) {
       std::fill_n(out, width, T(0));
       for (int64_t p = 0; p < key_parts; p++) {
         const T max = *states[p].negative(i).max;
-        if (is_empty(max) && !std::isnan(*states[p].negative(i).sum)) continue;
+        if (is_empty(max) && !std::isnan(states[p].negative(i).total())) continue;
         kernels<T>().add_scaled(out, sums.row(p, i), std::exp2(max - *result.rows.negative(i).max), width);
       }
     }
@@ -125,10 +125,10 @@ AttendedKeys<T> attend_with_keys(const Problem<T>& problem, const std::function<
       k.lane_max(tile, state.max);
     });
     for_tiles([&](Tile<T> tile, int64_t) {
-      k.exponentiate(tile, state.max, state.sum);
+      k.exponentiate(tile, state.max, state.sum.sum);
       products->add_to_lanes(tile, out);
     });
-    for (int64_t i = 0; i < lanes; i++) factors[i] = factor(begin + i, state.max[i], state.sum[i]);
+    for (int64_t i = 0; i < lanes; i++) factors[i] = factor(begin + i, state.max[i], state.sum.sum[i]);
     products->scale_lanes(factors);
     for_tiles([&](Tile<T> tile, int64_t first) {
       turns.take(first / kKeyRows, b, [&] {

@@ -103,7 +103,7 @@ void set_terms(PairProduct& p, int parts, const Pair* a, int64_t a_part, PackedP
   p.term[p.terms++] = {a, b.data};
 }
 
-void logits(Tile<float> tile, BFloat16Rows y, PackedPairs x, int parts, const float* lane_factor,
+void logits(Tile<float> tile, BFloat16Rows y, PackedPairs x, int parts, const float* lane_factor, float scale,
             const float* bias) {
   PairProduct p;
   p.rows = tile.rows;
@@ -116,6 +116,7 @@ void logits(Tile<float> tile, BFloat16Rows y, PackedPairs x, int parts, const fl
   p.c_stride = tile.stride;
   p.row_factor = y.factor;
   p.column_factor = lane_factor;
+  p.scale = scale;
   p.offset = bias;
   set_terms(p, parts, pairs_of(y, 0, 0), y.depth / 2, x);
   multiply(p);

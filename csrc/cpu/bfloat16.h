@@ -37,10 +37,10 @@ struct BFloat16Kernels {
   void (*pack_rows)(PackedPairs packed, BFloat16Rows x, int parts, int64_t rows);
   void (*pack_components)(PackedPairs packed, BFloat16Rows x, int parts, int64_t rows);
 
-  // tile = (y x^T) factor of the row * lane_factor + bias (null: 0), bias per row; lanes past the last are
-  // excluded. `x` is packed by rows.
+  // tile = (y x^T) factor of the row * lane_factor * scale + bias (null: 0), bias per row; lanes past the
+  // last are excluded. `x` is packed by rows.
   void (*logits)(Tile<float> tile, BFloat16Rows y, PackedPairs x, int parts, const float* lane_factor,
-                 const float* bias);
+                 float scale, const float* bias);
   // lane_out += tile^T (row_factor y), `y` packed by components, out of `width` floats per row. Rounds the
   // tile into `rounded`, which holds `parts` tiles of bfloat16.
   void (*add_to_lanes)(Tile<float> tile, const float* row_factor, PackedPairs y, int parts, Pair* rounded,

@@ -21,6 +21,23 @@ Vec<T> empty_vector() {
   return splat(excluded_logit<T>);
 }
 
+constexpr int64_t kMaxTile = 256;
+constexpr int64_t kSumRows = 16;  // rows of a tile that are summed at once
+
+// sum = sum * factor + x
+template <class T>
+void add(Sum<T> running, Vec<T> x, Vec<T> factor) {
+  const Vec<T> before = load(running.sum) * factor, after = before + x, added = after - before;
+  store(running.rest, load(running.rest) * factor + ((before - (after - added)) + (x - added)));
+  store(running.sum, after);
+}
+template <class T>
+void add(Sum<T> running, T x, T factor) {
+  const T before = *running.sum * factor, after = before + x, added = after - before;
+  *running.rest = *running.rest * factor + ((before - (after - added)) + (x - added));
+  *running.sum = after;
+}
+
 // ---- loading and packing ----
 
 template <class T, class S>
@@ -56,15 +73,31 @@ void load_rows(T* dst, int64_t dst_stride, const void* src, DType dtype, int64_t
 
 template <class T>
 T dot(const T* a, const T* b, int64_t width) {
-  Vec<T> acc[2] = {};
+  constexpr int64_t kBlock = 32 * kPanel<T>;
+  Vec<T> sum = {};
   int64_t k = 0;
-  for (; k + kPanel<T> <= width; k += kPanel<T>) {
-    acc[0] += load(a + k) * load(b + k);
-    acc[1] += load(a + k + kLanes<T>) * load(b + k + kLanes<T>);
+  while (k + kPanel<T> <= width) {
+    const int64_t end = width - k < kBlock ? width : k + kBlock;
+    Vec<T> acc[2] = {};
+    for (; k + kPanel<T> <= end; k += kPanel<T>) {
+      acc[0] += load(a + k) * load(b + k);
+      acc[1] += load(a + k + kLanes<T>) * load(b + k + kLanes<T>);
+    }
+    sum += acc[0] + acc[1];
   }
-  T total = horizontal_sum<T>(acc[0] + acc[1]);
+  T total = horizontal_sum<T>(sum);
   for (; k < width; k++) total += a[k] * b[k];
   return total;
+}
+
+template <class T>
+T sum(const T* x, int64_t width) {
+  Vec<T> total = {};
+  int64_t k = 0;
+  for (; k + kLanes<T> <= width; k += kLanes<T>) total += load(x + k);
+  T rest = 0;
+  for (; k < width; k++) rest += x[k];
+  return horizontal_sum<T>(total) + rest;
 }
 
 template <class T>
@@ -74,7 +107,7 @@ void add_scaled(T* y, const T* x, T alpha, int64_t width) {
 
 // Rows are readable to whole vectors.
 template <class T>
-void pack_lanes(T* packed, const T* x, int64_t stride, int64_t lanes, int64_t width, T factor) {
+void pack_lanes(T* packed, const T* x, int64_t stride, int64_t lanes, int64_t width) {
   constexpr int64_t kSide = kLanes<T>;
   for (int64_t first = 0; first < round_up(lanes, kPanel<T>); first += kSide) {
     T* panel = packed + first / kPanel<T> * kPanel<T> * width + first % kPanel<T>;
@@ -82,7 +115,7 @@ void pack_lanes(T* packed, const T* x, int64_t stride, int64_t lanes, int64_t wi
       Vec<T> square[kSide];
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kSide; i++)
-        square[i] = first + i < lanes ? load(x + (first + i) * stride + k) * factor : Vec<T>{};
+        square[i] = first + i < lanes ? load(x + (first + i) * stride + k) : Vec<T>{};
       transpose<T>(square);
       for (int64_t i = 0; i < kSide && k + i < width; i++) store(panel + (k + i) * kPanel<T>, square[i]);
     }
@@ -92,10 +125,11 @@ void pack_lanes(T* packed, const T* x, int64_t stride, int64_t lanes, int64_t wi
 // ---- products ----
 
 template <class T>
-void logits(Tile<T> tile, const T* y, int64_t y_stride, const T* packed, int64_t width, const T* bias) {
+void logits(Tile<T> tile, const T* y, int64_t y_stride, const T* packed, int64_t width, T scale,
+            const T* bias) {
   const int64_t padded = vectors_of(tile) * kLanes<T>;
   gemm<T>(tile.rows, padded, width, {y, y_stride, 1}, packed, kPanel<T>, kPanel<T> * width, tile.s,
-          tile.stride, Start::bias, bias);
+          tile.stride, {false, scale, bias});
   for (int64_t r = 0; r < tile.rows; r++)
     for (int64_t i = tile.lanes; i < padded; i++) tile.row(r)[i] = excluded_logit<T>;
 }
@@ -103,13 +137,13 @@ void logits(Tile<T> tile, const T* y, int64_t y_stride, const T* packed, int64_t
 template <class T>
 void add_to_lanes(Tile<T> tile, const T* y, int64_t y_stride, T* out, int64_t out_stride, int64_t width) {
   gemm<T>(tile.lanes, width, tile.rows, {tile.s, 1, tile.stride}, y, y_stride, kPanel<T>, out, out_stride,
-          Start::accumulate, nullptr);
+          {true, T(1), nullptr});
 }
 
 template <class T>
 void add_to_rows(Tile<T> tile, const T* x, int64_t x_stride, T* out, int64_t out_stride, int64_t width) {
   gemm<T>(tile.rows, width, tile.lanes, {tile.s, tile.stride, 1}, x, x_stride, kPanel<T>, out, out_stride,
-          Start::accumulate, nullptr);
+          {true, T(1), nullptr});
 }
 
 // ---- the pair rule ----
@@ -136,27 +170,42 @@ void exclude(Tile<T> tile, Ids ids) {
 }
 
 template <class T>
-void split(Tile<T> tile, Tile<T> positive, Ids ids, T* lane_sum, T* lane_count, T* row_sum, T* row_count) {
+void split(Tile<T> tile, Tile<T> positive, Ids ids, PositiveSums<T> lane, PositiveSums<T> row) {
   const int64_t padded = vectors_of(tile) * kLanes<T>;
   for (int64_t r = 0; r < tile.rows; r++)
     for (int64_t i = 0; i < padded; i += kLanes<T>) store(positive.row(r) + i, empty_vector<T>());
+  alignas(64) T lane_sum[kMaxTile];
+  int64_t summed = 0;
+  auto flush = [&] {
+    for (int64_t i = 0; summed && i < padded; i += kLanes<T>)
+      add(lane.sum + i, load(lane_sum + i), splat(T(1)));
+    for (int64_t i = 0; i < padded; i += kLanes<T>) store(lane_sum + i, Vec<T>{});
+    summed = 0;
+  };
+  flush();
   for_rows_in_range(tile, ids, [&](int64_t r) {
     T *s = tile.row(r), *p = positive.row(r);
     const int64_t id = ids.row[r];
-    T sum = 0, count = 0;
     for (int64_t i = 0; i < tile.lanes; i++) {
       const bool is_positive = ids.lane[i] == id && !is_empty(s[i]);
-      const T value = is_positive ? s[i] : T(0), one = is_positive ? T(1) : T(0);
       p[i] = is_positive ? s[i] : excluded_logit<T>;
       s[i] = is_positive ? excluded_logit<T> : s[i];
-      lane_sum[i] += value;
-      lane_count[i] += one;
-      sum += value;
+    }
+    Vec<T> sum = {}, count = {};
+    for (int64_t i = 0; i < padded; i += kLanes<T>) {
+      const Vec<T> value = load(p + i), zero = {};
+      const auto is_positive = value > excluded_logit<T> / 2 || value != value;
+      const Vec<T> counted = is_positive ? value : zero, one = is_positive ? splat(T(1)) : zero;
+      store(lane_sum + i, load(lane_sum + i) + counted);
+      store(lane.count + i, load(lane.count + i) + one);
+      sum += counted;
       count += one;
     }
-    row_sum[r] += sum;
-    row_count[r] += count;
+    add(row.sum + r, horizontal_sum<T>(sum), T(1));
+    row.count[r] += horizontal_sum<T>(count);
+    if (++summed == kSumRows) flush();
   });
+  flush();
 }
 
 // ---- streaming log-sum-exp ----
@@ -170,6 +219,19 @@ void lane_max(Tile<T> tile, T* max) {
   }
 }
 
+// Sum over the rows of value(row), in blocks.
+template <class T, class Value>
+Vec<T> sum_of_rows(int64_t rows, const Value& value) {
+  Vec<T> sum = {};
+  for (int64_t first = 0; first < rows; first += kSumRows) {
+    const int64_t end = rows - first < kSumRows ? rows : first + kSumRows;
+    Vec<T> block = {};
+    for (int64_t r = first; r < end; r++) block += value(r);
+    sum += block;
+  }
+  return sum;
+}
+
 template <class T>
 void lane_log_sum(Tile<T> tile, LogSum<T> lane) {
   for (int64_t v = 0; v < vectors_of(tile); v++) {
@@ -177,10 +239,10 @@ void lane_log_sum(Tile<T> tile, LogSum<T> lane) {
     const Vec<T> before = load(lane.max + offset);
     Vec<T> max = before;
     for (int64_t r = 0; r < tile.rows; r++) max = maximum(max, load(tile.row(r) + offset));
-    Vec<T> sum = load(lane.sum + offset) * exp2(before - max);
-    for (int64_t r = 0; r < tile.rows; r++) sum += exp2(load(tile.row(r) + offset) - max);
+    const Vec<T> sum =
+        sum_of_rows<T>(tile.rows, [&](int64_t r) { return exp2(load(tile.row(r) + offset) - max); });
+    add(lane.sum + offset, sum, exp2(before - max));
     store(lane.max + offset, max);
-    store(lane.sum + offset, sum);
   }
 }
 
@@ -192,7 +254,7 @@ void row_log_sum(Tile<T> tile, LogSum<T> row) {
     const Vec<T> max = splat(maximum(row.max[r], horizontal_max<T>(best)));
     Vec<T> sum = {};
     for (int64_t v = 0; v < vectors_of(tile); v++) sum += exp2(load(tile.row(r) + v * kLanes<T>) - max);
-    row.sum[r] = row.sum[r] * exp2(splat(row.max[r]) - max)[0] + horizontal_sum<T>(sum);
+    add(row.sum + r, horizontal_sum<T>(sum), exp2(splat(row.max[r]) - max)[0]);
     row.max[r] = max[0];
   }
 }
@@ -204,16 +266,15 @@ void merge_log_sum(LogSum<T> running, const T* tile_max, const T* tile_sum, T re
     const Vec<T> before = load(running.max + i), max = maximum(before, load(tile_max + i));
     // an empty lane's sum is 0: the bound only keeps its factor finite
     const Vec<T> shift = minimum(splat(reference) - max, splat(2 * kSharedRange<T>));
-    store(running.sum + i, load(running.sum + i) * exp2(before - max) + load(tile_sum + i) * exp2(shift));
+    add(running.sum + i, load(tile_sum + i) * exp2(shift), exp2(before - max));
     store(running.max + i, max);
   }
 }
 
-constexpr int64_t kMaxTile = 256;
-
 template <class T>
 void both_log_sum(Tile<T> tile, LogSum<T> lane, LogSum<T> row) {
   alignas(64) T lane_best[kMaxTile], row_best[kMaxTile], lane_sum[kMaxTile], row_sum[kMaxTile];
+  alignas(64) T block_sum[kMaxTile];
   const int64_t vectors = vectors_of(tile);
   for (int64_t v = 0; v < vectors; v++) {
     store(lane_best + v * kLanes<T>, empty_vector<T>());
@@ -241,14 +302,20 @@ void both_log_sum(Tile<T> tile, LogSum<T> lane, LogSum<T> row) {
     return;
   }
   const Vec<T> reference = splat(highest);
-  for (int64_t r = 0; r < tile.rows; r++) {
-    Vec<T> sum = {};
-    for (int64_t v = 0; v < vectors; v++) {
-      const Vec<T> e = exp2(load(tile.row(r) + v * kLanes<T>) - reference);
-      sum += e;
-      store(lane_sum + v * kLanes<T>, load(lane_sum + v * kLanes<T>) + e);
+  for (int64_t first = 0; first < tile.rows; first += kSumRows) {
+    const int64_t end = tile.rows - first < kSumRows ? tile.rows : first + kSumRows;
+    for (int64_t v = 0; v < vectors; v++) store(block_sum + v * kLanes<T>, Vec<T>{});
+    for (int64_t r = first; r < end; r++) {
+      Vec<T> sum = {};
+      for (int64_t v = 0; v < vectors; v++) {
+        const Vec<T> e = exp2(load(tile.row(r) + v * kLanes<T>) - reference);
+        sum += e;
+        store(block_sum + v * kLanes<T>, load(block_sum + v * kLanes<T>) + e);
+      }
+      row_sum[r] = horizontal_sum<T>(sum);
     }
-    row_sum[r] = horizontal_sum<T>(sum);
+    for (int64_t i = 0; i < vectors * kLanes<T>; i += kLanes<T>)
+      store(lane_sum + i, load(lane_sum + i) + load(block_sum + i));
   }
   merge_log_sum(lane, lane_best, lane_sum, highest, tile.lanes);
   merge_log_sum(row, row_best, row_sum, highest, tile.rows);
@@ -259,13 +326,12 @@ void exponentiate(Tile<T> tile, const T* max, T* sum) {
   for (int64_t v = 0; v < vectors_of(tile); v++) {
     const int64_t offset = v * kLanes<T>;
     const Vec<T> lane_best = load(max + offset);
-    Vec<T> total = load(sum + offset);
-    for (int64_t r = 0; r < tile.rows; r++) {
+    const Vec<T> added = sum_of_rows<T>(tile.rows, [&](int64_t r) {
       const Vec<T> e = exp2(load(tile.row(r) + offset) - lane_best);
       store(tile.row(r) + offset, e);
-      total += e;
-    }
-    store(sum + offset, total);
+      return e;
+    });
+    store(sum + offset, load(sum + offset) + added);
   }
 }
 
@@ -383,10 +449,10 @@ int64_t select_above(Tile<T> tile, const T* threshold, Selected<T> selected) {
 
 template <class T>
 constexpr Kernels<T> kTable = {
-    kLanes<T>,       kPanel<T>,       load_rows<T>,    dot<T>,           add_scaled<T>,
-    pack_lanes<T>,   logits<T>,       add_to_lanes<T>, add_to_rows<T>,   exclude<T>,
-    split<T>,        lane_max<T>,     lane_log_sum<T>, both_log_sum<T>,  exponentiate<T>,
-    lane_weights<T>, both_weights<T>, pair_weights<T>, lane_quantile<T>, select_above<T>,
+    kLanes<T>,       kPanel<T>,        load_rows<T>,    dot<T>,          sum<T>,          add_scaled<T>,
+    pack_lanes<T>,   logits<T>,        add_to_lanes<T>, add_to_rows<T>,  exclude<T>,      split<T>,
+    lane_max<T>,     lane_log_sum<T>,  both_log_sum<T>, exponentiate<T>, lane_weights<T>, both_weights<T>,
+    pair_weights<T>, lane_quantile<T>, select_above<T>,
 };
 
 }  // namespace

@@ -23,11 +23,32 @@ constexpr bool is_empty(T maximum) {
   return maximum <= excluded_logit<T> / 2;
 }
 
+// A running sum and what rounding has left out of it, so that its error does not grow with its length.
+template <class T>
+struct Sum {
+  T* sum;
+  T* rest;
+
+  T total() const {
+    return *rest - *rest == 0 ? *sum + *rest : *sum;
+  }  // a sum that is not finite has no rest
+  Sum operator+(int64_t i) const { return {sum + i, rest + i}; }
+};
+
 // Running max and sum of exp2(logit - max), per lane or per row.
 template <class T>
 struct LogSum {
   T* max;
-  T* sum;
+  Sum<T> sum;
+
+  T total() const { return sum.total(); }
+};
+
+// Sum and number of the positives, per lane or per row.
+template <class T>
+struct PositiveSums {
+  Sum<T> sum;
+  T* count;
 };
 
 // Weight exp2(logit - max) * factor, per lane or per row.
@@ -69,13 +90,15 @@ struct Kernels {
   void (*load_rows)(T* dst, int64_t dst_stride, const void* src, DType dtype, int64_t src_stride,
                     int64_t rows, int64_t width, const T* factor);
   T (*dot)(const T* a, const T* b, int64_t width);
+  T (*sum)(const T* x, int64_t width);
   // y += alpha * x
   void (*add_scaled)(T* y, const T* x, T alpha, int64_t width);
 
-  // Packs rows of x as the lanes of a tile, times factor.
-  void (*pack_lanes)(T* packed, const T* x, int64_t stride, int64_t lanes, int64_t width, T factor);
-  // tile = y x^T + bias (null: 0), bias per row; lanes past the last are excluded.
-  void (*logits)(Tile<T> tile, const T* y, int64_t y_stride, const T* packed, int64_t width, const T* bias);
+  // Packs rows of x as the lanes of a tile.
+  void (*pack_lanes)(T* packed, const T* x, int64_t stride, int64_t lanes, int64_t width);
+  // tile = scale y x^T + bias (null: 0), bias per row; lanes past the last are excluded.
+  void (*logits)(Tile<T> tile, const T* y, int64_t y_stride, const T* packed, int64_t width, T scale,
+                 const T* bias);
   // lane_out += tile^T y
   void (*add_to_lanes)(Tile<T> tile, const T* y, int64_t y_stride, T* out, int64_t out_stride, int64_t width);
   // row_out += tile x
@@ -83,8 +106,7 @@ struct Kernels {
 
   void (*exclude)(Tile<T> tile, Ids ids);
   // Moves positives to `positive` (excluded elsewhere there) and adds their sums and counts.
-  void (*split)(Tile<T> tile, Tile<T> positive, Ids ids, T* lane_sum, T* lane_count, T* row_sum,
-                T* row_count);
+  void (*split)(Tile<T> tile, Tile<T> positive, Ids ids, PositiveSums<T> lane, PositiveSums<T> row);
 
   void (*lane_max)(Tile<T> tile, T* max);
   void (*lane_log_sum)(Tile<T> tile, LogSum<T> lane);

@@ -145,7 +145,7 @@ void mochi(const Mochi<T>& args, const MochiResult<T>& result) {
     T* sum = scratch.take<T>(kQuerySlot, stride);
     for (int64_t i = begin; i < end; i++) {
       const LogSum<T> queue = attended.rows.negative(i);
-      T max = *queue.max, total = *queue.sum;
+      T max = *queue.max, total = queue.total();
       mixer.add(i, query.row(i), similarity.get() + i * args.n_hard, index.get() + i * args.n_hard,
                 problem.scale2, &max, &total);
       const T positive_logit = static_cast<T>(args.scale * k.dot(query.row(i), positive.row(i), stride));

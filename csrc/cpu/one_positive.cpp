@@ -109,8 +109,9 @@ class Loss {
       for (int64_t i = begin; i < end; i++) {
         const LogSum<T> entry = state.negative(i);
         weights.field(SideWeights<T>::kNegMax)[i] = *entry.max;
+        const T sum = entry.total();
         weights.field(SideWeights<T>::kNegFactor)[i] =
-            weight_factor(add_loss(i, *entry.max, *entry.sum, weight), *entry.max, *entry.sum);
+            weight_factor(add_loss(i, *entry.max, sum, weight), *entry.max, sum);
       }
     });
     return weights;
@@ -167,8 +168,8 @@ class Loss {
   void finish_attended(const Attended<T>& attended, const Partials<T>& key_sums) {
     auto query_sum = [&](int64_t i, T* sum) {
       const LogSum<T> entry = attended.rows.negative(i);
-      kernels<T>().add_scaled(sum, attended.query.row(0, i), weight_factor(pull_[i], *entry.max, *entry.sum),
-                              query_.stride);
+      kernels<T>().add_scaled(sum, attended.query.row(0, i),
+                              weight_factor(pull_[i], *entry.max, entry.total()), query_.stride);
     };
     finish(query_sum, key_sums);
   }

@@ -8,8 +8,11 @@
 namespace fastcl {
 namespace {
 
+// A sum is formed in blocks of so many pairs, as in gemm.h.
+constexpr int64_t kPairBlock = 64;
+
 // c (rows, columns) is the sum of the terms' a (rows, depth) b (depth, columns): added to what c holds or,
-// with factors, c = sum * row factor * column factor + offset of the row (null: 0).
+// with factors, c = sum * (row factor * column factor) * scale + offset of the row (null: 0).
 struct PairProduct {
   struct Term {
     const Pair *a, *b;
@@ -22,12 +25,27 @@ struct PairProduct {
   float* c;
   int64_t c_stride;
   const float *row_factor = nullptr, *column_factor = nullptr, *offset = nullptr;
+  float scale = 1;
 
-  bool accumulates() const { return !row_factor; }
-  __m512 finished(__m512 sum, int64_t row, int64_t column) const {
-    const __m512 factor = _mm512_set1_ps(row_factor[row]) * _mm512_loadu_ps(column_factor + column);
-    return sum * factor + _mm512_set1_ps(offset ? offset[row] : 0.0f);
+  // Of a block's sum, what c becomes there; `first` is the block that c starts from.
+  void finish(__m512 sum, int64_t row, int64_t column, bool first) const {
+    float* const to = c + row * c_stride + column;
+    if (row_factor) {
+      const __m512 factor = _mm512_set1_ps(row_factor[row]) * _mm512_loadu_ps(column_factor + column);
+      sum *= factor * _mm512_set1_ps(scale);
+    }
+    const __m512 start = !row_factor || !first ? _mm512_loadu_ps(to)
+                         : offset              ? _mm512_set1_ps(offset[row])
+                                               : __m512{};
+    _mm512_storeu_ps(to, sum + start);
   }
+};
+
+// Of all depth and terms, what is summed at once.
+struct PairSlice {
+  const Pair *a, *b;
+  int64_t depth;
+  bool first;
 };
 
 constexpr int64_t kPairVector = kPairPanel / 2;  // a vector, or a row of an AMX tile
@@ -62,49 +80,40 @@ static_assert(sizeof(TileConfiguration) == 64);
 #define FASTCL_TILE_ZERO(n) asm volatile("tilezero %%tmm" #n::: "memory")
 #define FASTCL_TILE_PRODUCT(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c::: "memory")
 
-void product_block(const PairProduct& p, int64_t i, int64_t j, int64_t rows, int64_t columns) {
+void product_block(const PairProduct& p, const PairSlice& slice, int64_t i, int64_t j, int64_t rows,
+                   int64_t columns) {
   const bool lower = rows > 16, right = columns > kPairVector;
   const int64_t a_stride = p.a_row * sizeof(Pair), b_stride = kPairPanel * sizeof(Pair);
-  const int64_t c_stride = p.c_stride * sizeof(float);
-  float* const c = p.c + i * p.c_stride + j;
-  float* const c_lower = c + 16 * p.c_stride;
   FASTCL_TILE_ZERO(0);
   FASTCL_TILE_ZERO(1);
   FASTCL_TILE_ZERO(2);
   FASTCL_TILE_ZERO(3);
-  if (p.accumulates()) {
-    FASTCL_TILE_LOAD(0, c, c_stride);
-    if (right) FASTCL_TILE_LOAD(1, c + kPairVector, c_stride);
-    if (lower) FASTCL_TILE_LOAD(2, c_lower, c_stride);
-    if (lower && right) FASTCL_TILE_LOAD(3, c_lower + kPairVector, c_stride);
-  }
-  for (int t = 0; t < p.terms; t++) {
-    const Pair* a = p.term[t].a + i * p.a_row;
-    const Pair* b = p.term[t].b + j / kPairPanel * p.panel_stride;
-    for (int64_t k = 0; k < p.depth; k += 16, a += 16, b += 16 * kPairPanel) {
-      FASTCL_TILE_LOAD(6, b, b_stride);
-      FASTCL_TILE_LOAD(4, a, a_stride);
-      FASTCL_TILE_PRODUCT(0, 4, 6);
-      if (right) {
-        FASTCL_TILE_LOAD(7, b + kPairVector, b_stride);
-        FASTCL_TILE_PRODUCT(1, 4, 7);
-      }
-      if (lower) {
-        FASTCL_TILE_LOAD(5, a + 16 * p.a_row, a_stride);
-        FASTCL_TILE_PRODUCT(2, 5, 6);
-        if (right) FASTCL_TILE_PRODUCT(3, 5, 7);
-      }
+  const Pair* a = slice.a + i * p.a_row;
+  const Pair* b = slice.b + j / kPairPanel * p.panel_stride;
+  for (int64_t k = 0; k < slice.depth; k += 16, a += 16, b += 16 * kPairPanel) {
+    FASTCL_TILE_LOAD(6, b, b_stride);
+    FASTCL_TILE_LOAD(4, a, a_stride);
+    FASTCL_TILE_PRODUCT(0, 4, 6);
+    if (right) {
+      FASTCL_TILE_LOAD(7, b + kPairVector, b_stride);
+      FASTCL_TILE_PRODUCT(1, 4, 7);
+    }
+    if (lower) {
+      FASTCL_TILE_LOAD(5, a + 16 * p.a_row, a_stride);
+      FASTCL_TILE_PRODUCT(2, 5, 6);
+      if (right) FASTCL_TILE_PRODUCT(3, 5, 7);
     }
   }
-  FASTCL_TILE_STORE(0, c, c_stride);
-  if (right) FASTCL_TILE_STORE(1, c + kPairVector, c_stride);
-  if (lower) FASTCL_TILE_STORE(2, c_lower, c_stride);
-  if (lower && right) FASTCL_TILE_STORE(3, c_lower + kPairVector, c_stride);
-  if (p.accumulates()) return;
+  alignas(64) float sums[kBlockRows * kPairPanel];
+  const int64_t sums_stride = kPairPanel * sizeof(float);
+  float* const lower_sums = sums + 16 * kPairPanel;
+  FASTCL_TILE_STORE(0, sums, sums_stride);
+  if (right) FASTCL_TILE_STORE(1, sums + kPairVector, sums_stride);
+  if (lower) FASTCL_TILE_STORE(2, lower_sums, sums_stride);
+  if (lower && right) FASTCL_TILE_STORE(3, lower_sums + kPairVector, sums_stride);
   for (int64_t r = 0; r < rows; r++)
     for (int64_t column = 0; column < columns; column += kPairVector)
-      _mm512_storeu_ps(c + r * p.c_stride + column,
-                       p.finished(_mm512_loadu_ps(c + r * p.c_stride + column), i + r, j + column));
+      p.finish(_mm512_load_ps(sums + r * kPairPanel + column), i + r, j + column, slice.first);
 }
 
 // The tiles of a thread, which no other code may have in use.
@@ -126,45 +135,34 @@ class Units {
 constexpr int64_t kBlockRows = 12;  // 24 accumulators of 32 registers
 
 template <int ROWS, int VECTORS>
-void product_rows(const PairProduct& p, int64_t i, int64_t j) {
-  __m512 acc[ROWS][VECTORS];
-  float* const c = p.c + i * p.c_stride + j;
+void product_rows(const PairProduct& p, const PairSlice& slice, int64_t i, int64_t j) {
+  __m512 acc[ROWS][VECTORS] = {};
+  const Pair* a = slice.a + i * p.a_row;
+  const Pair* b = slice.b + j / kPairPanel * p.panel_stride;
+  for (int64_t k = 0; k < slice.depth; k++, a += p.a_depth, b += kPairPanel) {
+    __m512bh bv[VECTORS];
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; v++) bv[v] = (__m512bh)_mm512_loadu_si512(b + v * kPairVector);
 #pragma GCC unroll 16
-  for (int r = 0; r < ROWS; r++) {
+    for (int r = 0; r < ROWS; r++) {
+      const __m512bh x = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[r * p.a_row]));
 #pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; v++)
-      acc[r][v] =
-          p.accumulates() ? _mm512_loadu_ps(c + r * p.c_stride + v * kPairVector) : _mm512_setzero_ps();
-  }
-  for (int t = 0; t < p.terms; t++) {
-    const Pair* a = p.term[t].a + i * p.a_row;
-    const Pair* b = p.term[t].b + j / kPairPanel * p.panel_stride;
-    for (int64_t k = 0; k < p.depth; k++, a += p.a_depth, b += kPairPanel) {
-      __m512bh bv[VECTORS];
-#pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; v++) bv[v] = (__m512bh)_mm512_loadu_si512(b + v * kPairVector);
-#pragma GCC unroll 16
-      for (int r = 0; r < ROWS; r++) {
-        const __m512bh x = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[r * p.a_row]));
-#pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; v++) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], x, bv[v]);
-      }
+      for (int v = 0; v < VECTORS; v++) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], x, bv[v]);
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; r++) {
 #pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; v++)
-      _mm512_storeu_ps(c + r * p.c_stride + v * kPairVector,
-                       p.accumulates() ? acc[r][v] : p.finished(acc[r][v], i + r, j + v * kPairVector));
+    for (int v = 0; v < VECTORS; v++) p.finish(acc[r][v], i + r, j + v * kPairVector, slice.first);
   }
 }
 
 template <int ROWS = kBlockRows>
-void product_block(const PairProduct& p, int64_t i, int64_t j, int64_t rows, int64_t columns) {
+void product_block(const PairProduct& p, const PairSlice& slice, int64_t i, int64_t j, int64_t rows,
+                   int64_t columns) {
   if constexpr (ROWS > 0) {
-    if (rows < ROWS) return product_block<ROWS - 1>(p, i, j, rows, columns);
-    columns > kPairVector ? product_rows<ROWS, 2>(p, i, j) : product_rows<ROWS, 1>(p, i, j);
+    if (rows < ROWS) return product_block<ROWS - 1>(p, slice, i, j, rows, columns);
+    columns > kPairVector ? product_rows<ROWS, 2>(p, slice, i, j) : product_rows<ROWS, 1>(p, slice, i, j);
   }
 }
 
@@ -174,14 +172,24 @@ struct Units {
 
 #endif
 
-void multiply(const PairProduct& p) {
-  Units units;
+void multiply(const PairProduct& p, const PairSlice& slice, Units& units) {
   for (int64_t j = 0; j < p.columns; j += kPairPanel) {
     const int64_t columns = p.columns - j < kPairPanel ? p.columns - j : kPairPanel;
     for (int64_t i = 0; i < p.rows; i += kBlockRows) {
       const int64_t rows = p.rows - i < kBlockRows ? p.rows - i : kBlockRows;
       units.set_rows(rows);
-      product_block(p, i, j, rows, columns);
+      product_block(p, slice, i, j, rows, columns);
+    }
+  }
+}
+
+void multiply(const PairProduct& p) {
+  Units units;
+  for (int t = 0; t < p.terms; t++) {
+    for (int64_t k = 0; k == 0 || k < p.depth; k += kPairBlock) {
+      const int64_t depth = p.depth - k < kPairBlock ? p.depth - k : kPairBlock;
+      multiply(p, {p.term[t].a + k * p.a_depth, p.term[t].b + k * kPairPanel, depth, t == 0 && k == 0},
+               units);
     }
   }
 }

@@ -13,20 +13,24 @@ State<T> make_state(int64_t count) {
 }
 
 template <class T>
+void merge_log_sum(LogSum<T> into, LogSum<T> other) {
+  const T max = std::max(*into.max, *other.max), a = into.total(), b = other.total();
+  *into.sum.sum = (is_empty(*into.max) ? a * 0 : a * std::exp2(*into.max - max)) +
+                  (is_empty(*other.max) ? b * 0 : b * std::exp2(*other.max - max));
+  *into.sum.rest = 0;
+  *into.max = max;
+}
+
+template <class T>
 void merge_state(const State<T>& into, const State<T>& other, int64_t begin, int64_t end) {
-  for (int first : {State<T>::kNegMax, State<T>::kPosMax}) {
-    T *max = into.field(first), *sum = into.field(first + 1);
-    const T *other_max = other.field(first), *other_sum = other.field(first + 1);
-    for (int64_t i = begin; i < end; i++) {
-      const T m = std::max(max[i], other_max[i]);
-      const T a = is_empty(max[i]) ? sum[i] * 0 : sum[i] * std::exp2(max[i] - m);
-      const T b = is_empty(other_max[i]) ? other_sum[i] * 0 : other_sum[i] * std::exp2(other_max[i] - m);
-      max[i] = m;
-      sum[i] = a + b;
-    }
+  for (int64_t i = begin; i < end; i++) {
+    merge_log_sum(into.negative(i), other.negative(i));
+    merge_log_sum(into.positive(i), other.positive(i));
+    const PositiveSums<T> sums = into.positive_sums(i), others = other.positive_sums(i);
+    *sums.sum.sum = sums.sum.total() + others.sum.total();
+    *sums.sum.rest = 0;
+    *sums.count += *others.count;
   }
-  for (int field : {State<T>::kPosTotal, State<T>::kPosCount})
-    for (int64_t i = begin; i < end; i++) into.field(field)[i] += other.field(field)[i];
 }
 
 template State<float> make_state<float>(int64_t);

@@ -92,16 +92,34 @@ Partials<T> make_partials(int64_t parts, int64_t rows, int64_t width) {
   return {allocate<T>(parts * rows * width), parts, rows, width};
 }
 
-// State of a side: six arrays of `stride`.
+// State of a side: arrays of `stride`.
 template <class T>
 struct State {
   Buffer<T> memory;
   int64_t stride = 0;
 
-  enum Field { kNegMax, kNegSum, kPosMax, kPosSum, kPosTotal, kPosCount, kFields };
+  enum Field {
+    kNegMax,
+    kNegSum,
+    kNegRest,
+    kPosMax,
+    kPosSum,
+    kPosRest,
+    kPosTotal,
+    kPosTotalRest,
+    kPosCount,
+    kFields
+  };
   T* field(int f) const { return memory.get() + f * stride; }
-  LogSum<T> negative(int64_t i) const { return {field(kNegMax) + i, field(kNegSum) + i}; }
-  LogSum<T> positive(int64_t i) const { return {field(kPosMax) + i, field(kPosSum) + i}; }
+  LogSum<T> negative(int64_t i) const {
+    return {field(kNegMax) + i, {field(kNegSum) + i, field(kNegRest) + i}};
+  }
+  LogSum<T> positive(int64_t i) const {
+    return {field(kPosMax) + i, {field(kPosSum) + i, field(kPosRest) + i}};
+  }
+  PositiveSums<T> positive_sums(int64_t i) const {
+    return {{field(kPosTotal) + i, field(kPosTotalRest) + i}, field(kPosCount) + i};
+  }
 };
 
 template <class T>

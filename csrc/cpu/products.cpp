@@ -34,10 +34,9 @@ class ProductsInT : public Products<T> {
   }
 
   void logits(Tile<T> tile) override {
-    if (!is_packed_)
-      k_.pack_lanes(packed_, lane_data_, lane_stride_, lanes_, problem_.query.width, problem_.scale2);
+    if (!is_packed_) k_.pack_lanes(packed_, lane_data_, lane_stride_, lanes_, problem_.query.width);
     is_packed_ = true;
-    k_.logits(tile, row_data_, row_stride_, packed_, problem_.query.width,
+    k_.logits(tile, row_data_, row_stride_, packed_, problem_.query.width, problem_.scale2,
               problem_.bias2 ? problem_.bias2 + row_begin_ : nullptr);
   }
   void add_to_lanes(Tile<T> tile, T* out) override {
@@ -85,7 +84,7 @@ class ProductsOfPairs : public Products<float> {
     packed_by_row_ = lanes_by_component_packed_ = false;
     for (int64_t i = 0; i < round_up(count, kLaneUnit); i++) {
       lane_factor_[i] = i < count ? lanes_.factor[i] : 0.0f;
-      logit_factor_[i] = lane_factor_[i] * problem_.scale2;
+      logit_factor_[i] = lane_factor_[i];
     }
   }
   void set_rows(int64_t begin, int64_t count) override {
@@ -101,7 +100,7 @@ class ProductsOfPairs : public Products<float> {
   void logits(Tile<float> tile) override {
     if (!packed_by_row_) k_.pack_rows(lanes_by_row_, lanes_, parts_, lane_count_);
     packed_by_row_ = true;
-    k_.logits(tile, rows_, lanes_by_row_, parts_, logit_factor_,
+    k_.logits(tile, rows_, lanes_by_row_, parts_, logit_factor_, problem_.scale2,
               problem_.bias2 ? problem_.bias2 + row_begin_ : nullptr);
   }
   void add_to_lanes(Tile<float> tile, float* out) override {

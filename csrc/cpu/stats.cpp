@@ -22,8 +22,9 @@ class TileWalk {
     positive_ = tile_;
     if (problem.positive.row) positive_.s = scratch.take<T>(kPositiveSlot, block * block);
     products_ = make_products(problem, block, block, scratch);
-    unused_ = scratch.take<T>(kSumSlot, 2 * block);
-    std::fill_n(unused_, 2 * block, T(0));
+    T* const sums = scratch.take<T>(kSumSlot, 3 * block);
+    std::fill_n(sums, 3 * block, T(0));
+    unused_ = {{sums, sums + block}, sums + 2 * block};
   }
 
   // body(tile, positive, query_begin, key_begin) for each tile; `lane` and `row` receive the positives' sums
@@ -59,13 +60,8 @@ class TileWalk {
     if (!p.positive.row) return;
     positive_.rows = tile_.rows;
     positive_.lanes = tile_.lanes;
-    auto sums = [&](const State<T>* state, int field, int64_t offset) {
-      return state ? state->field(field) + offset
-                   : unused_ + (field == State<T>::kPosCount ? plan_.query.block : 0);
-    };
     k_.split(tile_, positive_, {p.positive.row + key_begin, p.positive.lane + begin},
-             sums(lane, State<T>::kPosTotal, begin), sums(lane, State<T>::kPosCount, begin),
-             sums(row, State<T>::kPosTotal, key_begin), sums(row, State<T>::kPosCount, key_begin));
+             lane ? lane->positive_sums(begin) : unused_, row ? row->positive_sums(key_begin) : unused_);
   }
 
   const Problem<T>& problem_;
@@ -76,7 +72,8 @@ class TileWalk {
   const Kernels<T>& k_ = kernels<T>();
   std::unique_ptr<Products<T>> products_;
   Tile<T> tile_, positive_;
-  T *spare_, *unused_;
+  T* spare_;
+  PositiveSums<T> unused_;
 };
 
 template <class T>
@@ -199,8 +196,7 @@ PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, con
         walk.products().add_to_rows(tile, row_out.row(task.key_copy, key_begin));
       if (sums.bias)
         for (int64_t r = 0; r < tile.rows; r++)
-          for (int64_t i = 0; i < tile.lanes; i++)
-            *sums.bias.row(task.key_copy, key_begin + r) += tile.row(r)[i];
+          *sums.bias.row(task.key_copy, key_begin + r) += k.sum(tile.row(r), tile.lanes);
     });
   });
   return sums;

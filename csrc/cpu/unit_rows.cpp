@@ -2,6 +2,20 @@
 
 namespace fastcl {
 
+namespace {
+
+// Squares of large components may be beyond the range of T.
+template <class T>
+T norm_of(const T* row, int64_t width) {
+  const T squared = kernels<T>().dot(row, row, width);
+  if (!std::isinf(squared)) return std::sqrt(squared);
+  double wide = 0;
+  for (int64_t d = 0; d < width; d++) wide += static_cast<double>(row[d]) * row[d];
+  return static_cast<T>(std::sqrt(wide));
+}
+
+}  // namespace
+
 template <class T>
 UnitRows<T> unit_rows(std::initializer_list<Input> inputs, bool normalize) {
   const Kernels<T>& k = kernels<T>();
@@ -21,7 +35,7 @@ UnitRows<T> unit_rows(std::initializer_list<Input> inputs, bool normalize) {
       offset += input.count;
     }
     for (int64_t i = begin; normalize && i < end; i++) {
-      const T norm = std::sqrt(k.dot(unit.row(i), unit.row(i), unit.stride));
+      const T norm = norm_of(unit.row(i), unit.stride);
       const T inverse = norm == 0 ? T(0) : 1 / std::max(norm, T(1e-12));
       unit.inverse[i] = inverse;
       for (int64_t d = 0; d < unit.width; d++) unit.row(i)[d] *= inverse;

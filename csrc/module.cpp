@@ -67,7 +67,10 @@ struct OwnedProblem {
                const OptionalTensor& exclude_query, const OptionalTensor& exclude_key,
                const OptionalTensor& positive_query, const OptionalTensor& positive_key, bool symmetric,
                Precision precision) {
-    if (const int parts = bfloat16_parts({dtype_of(x.rows), dtype_of(y.rows)}, precision)) {
+    int parts = bfloat16_parts({dtype_of(x.rows), dtype_of(y.rows)}, precision);
+    for (const Side* side : {&x, &y})
+      if (parts && !products_fit(values_of<float>(side->factor), side->rows.size(0))) parts = 0;
+    if (parts) {
       bfloat16_query = bfloat16_side({input_of(x.rows)}, values_of<float>(x.factor), parts);
       if (!symmetric) bfloat16_key = bfloat16_side({input_of(y.rows)}, values_of<float>(y.factor), parts);
       problem.bfloat16 = {bfloat16_query.rows, symmetric ? bfloat16_query.rows : bfloat16_key.rows, parts};

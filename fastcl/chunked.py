@@ -90,14 +90,13 @@ def stats_backward(
         logits2 = _logits2(problem, prepared, chunk)
         negative, positive = pair_masks(problem, chunk)
         dlogits = _logit_gradient(logits2, negative, positive, row_state[:, chunk], grad_rows[:, chunk])
-        if problem.symmetric:
-            other = _logit_gradient(logits2.T, negative.T, positive.T, row_state, grad_rows)
-            dlogits = dlogits + other.T
-        elif problem.columns:
+        if problem.columns:
             other = _logit_gradient(logits2.T, negative.T, positive.T, column_state, grad_columns)
             dlogits = dlogits + other.T
         if query_sum is not None:
-            query_sum[chunk] = dlogits @ _scaled_keys(problem, prepared)
+            query_sum[chunk] += dlogits @ _scaled_keys(problem, prepared)
+            if problem.symmetric:  # by the same logits as the forward pass: those of j, i are rounded otherwise
+                query_sum += dlogits.T @ prepared.query[chunk]
         if key_sum is not None:
             key_sum += dlogits.T @ prepared.query[chunk]
         if bias_sum is not None:
@@ -168,13 +167,12 @@ def mochi(args: Mochi) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     query, positive = args.query.to(dtype), args.positive.to(dtype)
     query_inverse, positive_inverse = inverse_norms(query), inverse_norms(positive)
     query, positive, scale = query * query_inverse, positive * positive_inverse, args.scale.to(dtype)
-    similarity, order, rows, _, pull = over_queue(args, query)
+    _, order, rows, _, pull = over_queue(args, query)
     lse = torch.empty_like(rows[0])
-    for chunk in row_chunks(query.shape[0], args.n_hard * query.shape[1]):
+    formed = max(args.n_hard, args.first.shape[1] + args.partner.shape[1])
+    for chunk in row_chunks(query.shape[0], formed * query.shape[1]):
         hard = args.keys[order[chunk]].to(dtype)  # [n, n_hard, D]
-        lse[chunk], synthetic = _mix(
-            args, chunk, query[chunk], similarity[chunk], hard, rows[0, chunk], scale
-        )
+        lse[chunk], synthetic = _mix(args, chunk, query[chunk], hard, rows[0, chunk], scale)
         pull[chunk] = pull[chunk] * torch.exp(rows[0, chunk] - lse[chunk])[:, None] + synthetic
     margin = lse - scale * row_dot(query, positive)
     slope = torch.sigmoid(margin)[:, None]
@@ -196,48 +194,22 @@ def over_queue(args: Mochi, query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def _mix(
-    args: Mochi, chunk: slice, query: Tensor, similarity: Tensor, hard: Tensor, lse: Tensor, scale: Tensor
+    args: Mochi, chunk: slice, query: Tensor, hard: Tensor, lse: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``lse`` with the synthetic logits added, and ``sum_h exp(logit_h - lse) h``, for a chunk of rows."""
-    first, second, partner = (ranks[chunk] for ranks in (args.first, args.second, args.partner))
-    alpha, beta = args.alpha[chunk], args.beta[chunk]
-    products = hard @ hard.transpose(1, 2)  # [n, n_hard, n_hard]
-    squared = products.diagonal(dim1=1, dim2=2)
-    query_squared = row_dot(query, query)[:, None]
 
-    def at(values: Tensor, ranks: Tensor) -> Tensor:
-        return values.gather(1, ranks)
+    def ranked(ranks: Tensor) -> Tensor:
+        return hard.gather(1, ranks[chunk, :, None].expand(-1, -1, hard.shape[2]))
 
-    def inverse(weight: Tensor, u_squared: Tensor, v_squared: Tensor, product: Tensor) -> Tensor:
-        squared = weight**2 * u_squared + (1 - weight) ** 2 * v_squared + 2 * weight * (1 - weight) * product
-        norms = squared.clamp_min(0).sqrt()
-        return norms.reciprocal().masked_fill(norms == 0, 0.0)
-
-    first_second = at(products.flatten(1), first * hard.shape[1] + second)
-    inverses = torch.cat(
-        [
-            inverse(alpha, at(squared, first), at(squared, second), first_second),
-            inverse(beta, query_squared, at(squared, partner), at(similarity, partner)),
-        ],
-        dim=1,
-    )
-    mixed = torch.cat(
-        [
-            alpha * at(similarity, first) + (1 - alpha) * at(similarity, second),
-            beta * query_squared + (1 - beta) * at(similarity, partner),
-        ],
-        dim=1,
-    )
-    logits = scale * mixed * inverses
+    alpha, beta = args.alpha[chunk, :, None], args.beta[chunk, :, None]
+    mixed = alpha * ranked(args.first) + (1 - alpha) * ranked(args.second)
+    mixed_with_query = beta * query[:, None] + (1 - beta) * ranked(args.partner)
+    synthetic = torch.cat([mixed, mixed_with_query], dim=1)  # [n, n_mix + n_query_mix, D]
+    inverses = inverse_norms(synthetic).squeeze(2)
+    logits = scale * (synthetic @ query[:, :, None]).squeeze(2) * inverses
     lse = torch.logaddexp(lse, logits.logsumexp(dim=1))
     weights = torch.exp(logits - lse[:, None]) * inverses
-    on_first, on_query = weights.split([alpha.shape[1], beta.shape[1]], dim=1)
-    on_hard = torch.zeros_like(similarity)
-    on_hard.scatter_add_(1, first, on_first * alpha)
-    on_hard.scatter_add_(1, second, on_first * (1 - alpha))
-    on_hard.scatter_add_(1, partner, on_query * (1 - beta))
-    total = (on_hard[:, None] @ hard).squeeze(1) + (on_query * beta).sum(dim=1, keepdim=True) * query
-    return lse, total
+    return lse, (weights[:, None] @ synthetic).squeeze(1)
 
 
 def _logits2(problem: Problem, prepared: Prepared, chunk: slice) -> Tensor:

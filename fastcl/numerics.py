@@ -58,17 +58,26 @@ def masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def inverse_norms(x: Tensor) -> Tensor:
-    """``1 / max(norm, 1e-12)`` per row, shape (..., 1); 0 for a zero row, which so stays zero."""
-    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    """``1 / max(norm, 1e-12)`` per row, shape (..., 1); 0 for a zero row, which so stays zero.
+
+    Formed in float64: squares of float32 components may be beyond float32's range.
+    """
+    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
     zero = norms == 0
     inverse: Tensor = norms.masked_fill(zero, 1.0).clamp_min(NORM_EPS).reciprocal()
-    return inverse.masked_fill(zero, 0.0)
+    return inverse.masked_fill(zero, 0.0).to(x.dtype)
 
 
 def unit_rows(x: Tensor, normalize: bool = True) -> Tensor:
-    """Rows of ``x`` in the compute dtype, divided by their L2 norm if asked."""
+    """Rows of ``x`` in the compute dtype, divided by their L2 norm if asked; right in all derivatives."""
     x = x.to(compute_dtype(x.dtype))
-    return x * inverse_norms(x) if normalize else x
+    if not normalize:
+        return x
+    if x.dtype == torch.float32 and x.shape[-1]:
+        # a power of two, which a unit row does not depend on, keeps products in the derivatives finite
+        largest = x.detach().abs().amax(dim=-1, keepdim=True)
+        x = x * torch.where(largest > 2.0**50, 2.0**-100, 1.0)
+    return x * inverse_norms(x)
 
 
 def unit_rows_backward(grad_unit: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:

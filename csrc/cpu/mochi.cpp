@@ -20,6 +20,7 @@ class Mixer {
     logit_ = squared_ + args.n_hard;
     inverse_ = logit_ + count_;
     drawn_ = scratch.take<int64_t>(kPackedSlot, args.n_hard + 1);
+    mix_ = scratch.take<T>(kLaneSlot, stride);
   }
 
   // Log-sum-exp of the synthetic logits of query i, merged into (max, sum).
@@ -38,15 +39,15 @@ class Mixer {
       squared_[r] = k_.dot(hard_ + r * stride_, hard_ + r * stride_, stride_);
     }
     const T query_squared = k_.dot(query, query, stride_);
+    const Part own{query, query_squared, query_squared};
+    auto hard = [&](int64_t r) { return Part{hard_ + r * stride_, similarity[r], squared_[r]}; };
     for (int64_t h = 0; h < args_.n_mix; h++) {
-      const int64_t a = first_[h], b = second_[h];
-      set(h, alpha_[h], similarity[a], squared_[a], similarity[b], squared_[b],
-          k_.dot(hard_ + a * stride_, hard_ + b * stride_, stride_), scale2);
+      const Part a = hard(first_[h]), b = hard(second_[h]);
+      set(h, alpha_[h], a, b, k_.dot(a.row, b.row, stride_), query, scale2);
     }
     for (int64_t h = 0; h < args_.n_query_mix; h++) {
-      const int64_t b = partner_[h];
-      set(args_.n_mix + h, beta_[h], query_squared, query_squared, similarity[b], squared_[b], similarity[b],
-          scale2);
+      const Part b = hard(partner_[h]);
+      set(args_.n_mix + h, beta_[h], own, b, b.similarity, query, scale2);
     }
     T highest = *max;
     for (int64_t h = 0; h < count_; h++) highest = logit_[h] > highest ? logit_[h] : highest;
@@ -96,12 +97,25 @@ class Mixer {
     for (; row < end; row += kCacheLine) __builtin_prefetch(row);
   }
 
-  // The mix w u + (1 - w) v, given the similarities of u and v to the query and their products.
-  void set(int64_t h, T w, T u_similarity, T u_squared, T v_similarity, T v_squared, T product, T scale2) {
-    const T squared = w * w * u_squared + (1 - w) * (1 - w) * v_squared + 2 * w * (1 - w) * product;
-    const T norm = std::sqrt(std::max(squared, T(0)));
+  // What is mixed: a row, its similarity to the query, its squared norm.
+  struct Part {
+    const T* row;
+    T similarity, squared;
+  };
+
+  // The mix w u + (1 - w) v, from u's and v's product; formed only where nearly opposite rows cancel.
+  void set(int64_t h, T w, const Part& u, const Part& v, T product, const T* query, T scale2) {
+    const T parts = w * w * u.squared + (1 - w) * (1 - w) * v.squared;
+    T squared = parts + 2 * w * (1 - w) * product;
+    T similarity = w * u.similarity + (1 - w) * v.similarity;
+    if (squared < parts / 8) {
+      for (int64_t d = 0; d < stride_; d++) mix_[d] = w * u.row[d] + (1 - w) * v.row[d];
+      squared = k_.dot(mix_, mix_, stride_);
+      similarity = k_.dot(query, mix_, stride_);
+    }
+    const T norm = std::sqrt(squared);
     inverse_[h] = norm == 0 ? T(0) : 1 / std::max(norm, T(1e-12));
-    logit_[h] = scale2 * (w * u_similarity + (1 - w) * v_similarity) * inverse_[h];
+    logit_[h] = scale2 * similarity * inverse_[h];
   }
 
   const Kernels<T>& k_ = kernels<T>();
@@ -110,7 +124,7 @@ class Mixer {
   const int64_t stride_, count_;
   const int64_t *first_, *second_, *partner_;
   const T *alpha_, *beta_;
-  T *hard_, *weight_, *squared_, *logit_, *inverse_;
+  T *hard_, *weight_, *squared_, *logit_, *inverse_, *mix_;
   int64_t* drawn_;
   int64_t drawn_count_;
 };

@@ -77,6 +77,8 @@ class Loss {
     const Input& key = negatives ? args_.negatives : args_.positive;
     const int parts = bfloat16_parts({args_.query.dtype, key.dtype}, args_.precision);
     if (!parts || (views && rows_ <= kSingleTile)) return;
+    for (const UnitRows<T>* side : {&query_, &positive_, &negatives_})
+      if (!products_fit(side->inverse.get(), side->count)) return;
     if (views) {
       bfloat16_query_ = bfloat16_side({args_.query, args_.positive}, query_, parts);
     } else {

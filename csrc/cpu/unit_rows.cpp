@@ -63,6 +63,10 @@ int bfloat16_parts(std::initializer_list<DType> dtypes, Precision precision) {
   return precision == Precision::high && current_isa() == Isa::amx ? 2 : 0;
 }
 
+bool products_fit(const float* inverse, int64_t count) {
+  return !inverse || std::none_of(inverse, inverse + count, [](float x) { return x != 0 && std::abs(x) < 0x1p-50f; });
+}
+
 BFloat16Side bfloat16_side(std::initializer_list<Input> inputs, const float* factor, int parts) {
   BFloat16Side side;
   int64_t count = 0;

@@ -42,6 +42,9 @@ enum class Precision : int { highest, high, medium };
 
 // Parts of the operands of bfloat16 products; 0: they are to be made in the compute type.
 int bfloat16_parts(std::initializer_list<DType> dtypes, Precision precision);
+// Whether products of the rows of these inverse norms (null: 1) stay within float32's range before their
+// norms are applied.
+bool products_fit(const float* inverse, int64_t count);
 
 // A side for bfloat16 products: inputs stacked, each row times its factor (null: 1).
 struct BFloat16Side {

@@ -9,6 +9,7 @@
 #include "cpu/one_positive.h"
 #include "cpu/products.h"
 #include "cpu/stats.h"
+#include "cpu/sup_con.h"
 #include "cpu/topk.h"
 #include "tensors.h"
 
@@ -235,6 +236,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> one_positive_op(
   return outputs.all();
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> sup_con_op(Tensor query, OptionalTensor key, Tensor scale,
+                                                      Tensor query_labels, OptionalTensor key_labels,
+                                                      bool normalize, bool log_of_mean, bool mean,
+                                                      int64_t precision, int64_t needs) {
+  query = row_contiguous(query);
+  if (key) key = row_contiguous(*key);
+  const ScalarType dtype = is_double(query) ? ScalarType::Double : ScalarType::Float;
+  const Tensor loss = torch::stable::new_empty(query, {}, dtype),
+               grad_query = output_like(query, query, dtype, needs & 1),
+               grad_key = output_like(key.value_or(query), query, dtype, key && needs & 2),
+               grad_scale = output_like(scale, scale, scale.scalar_type(), needs & 4);
+  const SupCon args{input_of(query),
+                    key ? input_of(*key) : Input{},
+                    *static_cast<const double*>(scale.const_data_ptr()),
+                    ids_of(query_labels),
+                    ids_of(key_labels),
+                    normalize,
+                    log_of_mean,
+                    mean,
+                    static_cast<Precision>(precision)};
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    sup_con<T>(args,
+               {out_of<T>(loss), out_of<T>(grad_query), out_of<T>(grad_key), out_of<double>(grad_scale)});
+  };
+  is_double(query) ? run(0.0) : run(0.0f);
+  return {loss, grad_query, grad_key, grad_scale};
+}
+
 void topk_op(Tensor query, Tensor key, OptionalTensor exclude_query, OptionalTensor exclude_key,
              Tensor values, Tensor indices) {
   auto run = [&](auto zero) {
@@ -337,5 +367,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CompositeExplicitAutograd, m) {
   m.impl("isa_levels", TORCH_BOX(&fastcl::isa_levels));
   m.impl("force_isa", TORCH_BOX(&fastcl::force_isa_op));
 }
-// the schema is in Python
-STABLE_TORCH_LIBRARY_IMPL(fastcl, CPU, m) { m.impl("one_positive", TORCH_BOX(&fastcl::one_positive_op)); }
+// the schemas are in Python
+STABLE_TORCH_LIBRARY_IMPL(fastcl, CPU, m) {
+  m.impl("one_positive", TORCH_BOX(&fastcl::one_positive_op));
+  m.impl("sup_con", TORCH_BOX(&fastcl::sup_con_op));
+}

@@ -133,7 +133,7 @@ _BACKENDS = {
             whole_losses=(OnePositive,),
             note="float64 and dense masks go to 'chunked'; its speed is not measured yet",
         ),
-        Backend("cpu", native.missing_reason, _cpu_reasons, whole_losses=(OnePositive,)),
+        Backend("cpu", native.missing_reason, _cpu_reasons, whole_losses=(OnePositive, SupCon)),
         Backend("chunked", _nothing_missing, _anything),
         Backend("reference", _nothing_missing, _anything),
     )

@@ -166,7 +166,7 @@ def sup_con_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | 
         return _padded(ctx, _whole_loss_gradient(ctx, inputs, unit_grads, grad_loss))
     views = _views(inputs)
     query, key, scale = views
-    normalize, log_of_mean, mean, _ = ctx.flags
+    normalize, log_of_mean, mean, _, _ = ctx.flags
     variant, reduction = "in" if log_of_mean else "out", "mean" if mean else "sum"
     args = SupCon(query, key, scale, query_labels, key_labels, normalize, variant, reduction, None)
     rows = reference.stats(args.problem())[0]

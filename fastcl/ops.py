@@ -53,7 +53,7 @@ for _name in _ONE_POSITIVE:
 # no backend's but the extension's, per device
 _library.define(
     "sup_con(Tensor query, Tensor? key, Tensor scale, Tensor query_labels, Tensor? key_labels, "
-    "bool normalize, bool log_of_mean, bool mean, int needs)"
+    "bool normalize, bool log_of_mean, bool mean, int precision, int needs)"
     " -> (Tensor loss, Tensor grad_query, Tensor grad_key, Tensor grad_scale)"
 )
 _library.define(
@@ -90,7 +90,7 @@ def one_positive(args: OnePositive, backend: str) -> Tensor:
 def sup_con(args: SupCon) -> Tensor:
     """As :func:`one_positive`."""
     flags = (args.normalize, args.variant == "in", args.reduction == "mean")
-    return _whole_loss("sup_con", args[:3], *args[:5], *flags)
+    return _whole_loss("sup_con", args[:3], *args[:5], *flags, matmul_precision_level())
 
 
 def _whole_loss(name: str, differentiable: tuple[Tensor | None, ...], *arguments: Any) -> Tensor:

@@ -39,7 +39,7 @@ def in_place_of_the_cpu(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that a kernel is overridden
         losses.impl("one_positive", grid.one_positive, "CPU", allow_override=True)
-    losses.impl("sup_con", grid.sup_con, "CPU")
+        losses.impl("sup_con", grid.sup_con, "CPU", allow_override=True)
     others.impl("mix_negatives", grid.mix_negatives, "CPU")
     others.impl("enqueue", grid.enqueue, "CPU")
     monkeypatch.setitem(ops._MODULES, "cpu", cuda)

@@ -185,7 +185,7 @@ def test_sup_con_is_an_op_and_compiles(mode, variant, grid):
     if mode == "one":
         sides = (rows.detach()[:5].requires_grad_(), rows, scale, labels, every_label)
     opcheck(
-        torch.ops.fastcl.sup_con, (*sides, True, variant == "in", True, 0b111 if mode == "one" else 0b101)
+        torch.ops.fastcl.sup_con, (*sides, True, variant == "in", True, 0, 0b111 if mode == "one" else 0b101)
     )
     eager = torch.autograd.grad(loss(features, scale), (features, scale))
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")

@@ -176,35 +176,12 @@ class Loss {
     finish(query_sum, key_sums);
   }
 
-  static void add_parts(const Partials<T>& partials, int64_t i, T* sum) {
-    for (int64_t p = 0; p < partials.parts; p++)
-      kernels<T>().add_scaled(sum, partials.row(p, i), T(1), partials.width);
-  }
-
-  // Gradients of one side: sum(i, out) gathers a row's, out(i) says where it goes (null: nowhere).
-  template <class Sum, class Out>
-  void finish_side(const UnitRows<T>& unit, const Sum& sum, const Out& out, T* radial) {
-    for_each_range(unit.count, kRowGrain, [&](int64_t begin, int64_t end, Scratch& scratch) {
-      T* row = scratch.take<T>(kQuerySlot, unit.stride);
-      for (int64_t i = begin; i < end; i++) {
-        std::fill_n(row, unit.stride, T(0));
-        sum(i, row);
-        const T dot = input_gradient(unit, i, static_cast<T>(args_.scale), row);
-        if (radial) radial[i] = dot;
-        if (T* to = out(i)) std::copy_n(row, unit.width, to);
-      }
-    });
-  }
-
-  static auto rows_of(T* out, int64_t width) {
-    return [=](int64_t i) { return out ? out + i * width : nullptr; };
-  }
-
   template <class QuerySum>
   void finish(const QuerySum& query_sum, const Partials<T>& key_sums) {
     const Kernels<T>& k = kernels<T>();
     const int64_t width = query_.width, n = args_.query.count;
     const bool views = args_.layout == Layout::views;
+    const T scale = static_cast<T>(args_.scale);
     Buffer<T> radial = result_.scale ? allocate<T>(rows_) : nullptr;
     auto query_out = [&](int64_t i) {
       T* out = i < n ? result_.query : result_.positive;
@@ -216,7 +193,7 @@ class Loss {
       const T pull = views ? pull_[i] + pull_[(i + n) % rows_] : pull_[i];
       k.add_scaled(sum, positive_row(i), -pull, query_.stride);
     };
-    finish_side(query_, query_row, query_out, radial.get());
+    write_gradients(query_, scale, query_row, query_out, radial.get());
     if (result_.scale) {
       const double total = std::accumulate(radial.get(), radial.get() + rows_, 0.0);
       *result_.scale = views ? total / 2 : total;
@@ -228,11 +205,11 @@ class Loss {
         if (keys_are_positives) add_parts(key_sums, i, sum);
         k.add_scaled(sum, query_.row(i), -pull_[i], query_.stride);
       };
-      finish_side(positive_, positive_row_sum, rows_of(result_.positive, width), nullptr);
+      write_gradients<T>(positive_, scale, positive_row_sum, rows_of(result_.positive, width), nullptr);
     }
     if (result_.negatives) {
       auto negative_sum = [&](int64_t i, T* sum) { add_parts(key_sums, i, sum); };
-      finish_side(negatives_, negative_sum, rows_of(result_.negatives, width), nullptr);
+      write_gradients<T>(negatives_, scale, negative_sum, rows_of(result_.negatives, width), nullptr);
     }
   }
 

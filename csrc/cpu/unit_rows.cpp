@@ -64,7 +64,8 @@ int bfloat16_parts(std::initializer_list<DType> dtypes, Precision precision) {
 }
 
 bool products_fit(const float* inverse, int64_t count) {
-  return !inverse || std::none_of(inverse, inverse + count, [](float x) { return x != 0 && std::abs(x) < 0x1p-50f; });
+  return !inverse ||
+         std::none_of(inverse, inverse + count, [](float x) { return x != 0 && std::abs(x) < 0x1p-50f; });
 }
 
 BFloat16Side bfloat16_side(std::initializer_list<Input> inputs, const float* factor, int parts) {

@@ -60,6 +60,33 @@ BFloat16Side bfloat16_side(std::initializer_list<Input> inputs, const UnitRows<f
 template <class T>
 T input_gradient(const UnitRows<T>& unit, int64_t i, T scale, T* sum);
 
+// sum += the parts of row i
+template <class T>
+void add_parts(const Partials<T>& partials, int64_t i, T* sum) {
+  for (int64_t p = 0; p < partials.parts; p++)
+    kernels<T>().add_scaled(sum, partials.row(p, i), T(1), partials.width);
+}
+
+// Gradients of all rows: sum(i, row) adds up what input_gradient() takes, out(i) says where the gradient goes
+// (null: nowhere); `radial` (null: nowhere) receives what it returns.
+template <class T, class Sum, class Out>
+void write_gradients(const UnitRows<T>& unit, T scale, const Sum& sum, const Out& out, T* radial) {
+  for_each_range(unit.count, kRowGrain, [&](int64_t begin, int64_t end, Scratch& scratch) {
+    T* row = scratch.take<T>(kQuerySlot, unit.stride);
+    for (int64_t i = begin; i < end; i++) {
+      std::fill_n(row, unit.stride, T(0));
+      sum(i, row);
+      const T dot = input_gradient(unit, i, scale, row);
+      if (radial) radial[i] = dot;
+      if (T* to = out(i)) std::copy_n(row, unit.width, to);
+    }
+  });
+}
+template <class T>
+auto rows_of(T* out, int64_t width) {
+  return [=](int64_t i) { return out ? out + i * width : nullptr; };
+}
+
 // log(1 + e^x) and its derivative; 0 and 0 at -inf, NaN at NaN.
 template <class T>
 struct SoftPlus {

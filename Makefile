@@ -5,7 +5,8 @@
 # make lint    formatting, lint and types
 # make asan    the tests of the native code under AddressSanitizer and UndefinedBehaviorSanitizer
 # make cuda-code  the CUDA kernels' machine code: registers, spills, tensor-core instructions (needs nvcc)
-# make tsan    the CUDA kernels on the host under ThreadSanitizer, then under the other two
+# make tsan    the CPU's tasks, and the CUDA kernels on the host, under ThreadSanitizer, then under the other two
+# make quick   lint and the tests that take no time: what to run before a commit
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -51,15 +52,17 @@ asan: $(VENV)/.installed
 	  tests/test_isa.py tests/test_stats.py tests/test_topk.py tests/test_losses.py tests/test_degenerate.py \
 	  tests/test_queue.py tests/test_mochi.py; status=$$?; FASTCL_BUILD=$(BUILD) $(REBUILD); exit $$status
 
-HOST_TEST = g++ -std=c++20 -O1 -g -Wall -Icsrc \
-  -I$(shell $(BIN)/python -c "from torch.utils.cpp_extension import include_paths as p; print(p()[0])") \
-  csrc/cuda/host_test.cpp -pthread
+HOST_TEST = g++ -std=c++20 -O1 -g -Wall -Icsrc -pthread
+TORCH_HEADERS = -I$(shell $(BIN)/python -c "from torch.utils.cpp_extension import include_paths as p; print(p()[0])")
+host_test = $(TORCH_HEADERS) csrc/cuda/host_test.cpp
+turns_test = csrc/cpu/turns_test.cpp csrc/cpu/plan.cpp csrc/cpu/memory.cpp
 tsan: $(VENV)/.installed
 	mkdir -p build
-	$(HOST_TEST) -fsanitize=thread -o build/host_test_tsan
-	setarch --addr-no-randomize build/host_test_tsan
-	$(HOST_TEST) -fsanitize=address,undefined -fno-sanitize-recover=all -o build/host_test_asan
-	build/host_test_asan
+	set -e; $(foreach test,turns_test host_test, \
+	  $(HOST_TEST) $($(test)) -fsanitize=thread -o build/$(test)_tsan; \
+	  setarch --addr-no-randomize build/$(test)_tsan; \
+	  $(HOST_TEST) $($(test)) -fsanitize=address,undefined -fno-sanitize-recover=all -o build/$(test)_asan; \
+	  build/$(test)_asan;)
 
 cuda-code: $(VENV)/.installed
 	$(BIN)/python -m bench.cuda_code

@@ -95,13 +95,14 @@ def _scaled(case):
         if x.dim() < 2:
             continue
         power = torch.exp2(-length.log2().floor()).where(length > NORM_EPS, 1.0)[..., None]
-        scaled[name], powers[name] = (x.double() * power).to(x.dtype), power
+        zero = length[..., None] == 0
+        scaled[name], powers[name] = (x.double() * power).to(x.dtype), power.masked_fill(zero, 0.0)
     return scaled, powers
 
 
 def _floors(case, x, exact, pulls):
     """What one ulp, of size 1, of every logit does to the outputs, and to each input's gradient by rows."""
-    eps = torch.finfo(compute_dtype(case.dtype)).eps
+    info = torch.finfo(compute_dtype(case.dtype))
     sizes = [
         b.factor
         * b.left_norms[:, None]
@@ -124,8 +125,8 @@ def _floors(case, x, exact, pulls):
         reach = largest[:, None].expand(size.shape)
         if b.columns and size.numel():
             reach = torch.maximum(reach, (size + b.offset).amax(0, keepdim=True))
-        terms = pull.abs() if b.terms is None else b.terms
-        loose = ULPS * eps * reach > LINEAR
+        terms = (pull.abs() if b.terms is None else b.terms).clamp_min(info.tiny)
+        loose = ULPS * info.eps * reach > LINEAR
         mass = terms.sum(1, keepdim=True)
         if exact.rows:
             mass = mass + exact.rows[1][:, None]

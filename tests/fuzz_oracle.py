@@ -41,7 +41,11 @@ def norms(x):
 
 
 def unit(x, normalize=True):
-    return x / x.norm(dim=-1, keepdim=True).clamp_min(NORM_EPS) if normalize else x
+    """A zero row stays zero, and its gradient is zero, as fastcl defines it."""
+    if not normalize:
+        return x
+    zero = (x == 0).all(dim=-1, keepdim=True)
+    return (x / x.norm(dim=-1, keepdim=True).clamp_min(NORM_EPS)).masked_fill(zero, 0.0)
 
 
 def lse(logits, mask):
@@ -151,7 +155,7 @@ def sup_con(x, o):
         table = labels[:, None] == labels
     others = torch.arange(count)[:, None] != torch.arange(len(z))
     positive = table[sample[:count]][:, sample] & others
-    n = positive.sum(1)
+    n = positive.sum(1).to(z.dtype)
     whole = lse(logits, others)
     if o["variant"] == "out":
         of_positives = (logits * positive).sum(1) / n.clamp_min(1)

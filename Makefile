@@ -6,7 +6,7 @@
 # make asan    the tests of the native code under AddressSanitizer and UndefinedBehaviorSanitizer
 # make cuda-code  the CUDA kernels' machine code: registers, spills, tensor-core instructions (needs nvcc)
 # make tsan    the CPU's tasks, and the CUDA kernels on the host, under ThreadSanitizer, then under the other two
-# make quick   lint and the tests that take no time: what to run before a commit
+# make quick   lint, types and the quick tests, in less than 5 minutes
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 BUILD := $(if $(shell command -v nvcc),cuda,cpu)
 NATIVE := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: demo test triton bench lint format asan tsan cuda-code clean
+.PHONY: demo test quick triton bench lint format asan tsan cuda-code clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastcl train simclr --data digits --out runs/digits
@@ -22,6 +22,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto tests
+
+QUICK_TESTS = contract losses degenerate queue mochi errors fuzz
+quick: lint
+	$(BIN)/python -m pytest -n auto $(QUICK_TESTS:%=tests/test_%.py)
 
 TRITON_TESTS = stats losses degenerate topk queue mochi ops triton
 triton: $(VENV)/.installed
@@ -50,7 +54,8 @@ asan: $(VENV)/.installed
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  $(BIN)/python -m pytest -p no:cacheprovider -k "(cpu or isa) and not compile and not memory" \
 	  tests/test_isa.py tests/test_stats.py tests/test_topk.py tests/test_losses.py tests/test_degenerate.py \
-	  tests/test_queue.py tests/test_mochi.py; status=$$?; FASTCL_BUILD=$(BUILD) $(REBUILD); exit $$status
+	  tests/test_queue.py tests/test_mochi.py; status=$$?; \
+	  FASTCL_BUILD=$(BUILD) $(REBUILD) && exit $$status
 
 HOST_TEST = g++ -std=c++20 -O1 -g -Wall -Icsrc -pthread
 TORCH_HEADERS = -I$(shell $(BIN)/python -c "from torch.utils.cpp_extension import include_paths as p; print(p()[0])")

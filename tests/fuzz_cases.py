@@ -35,7 +35,11 @@ class Fuzzed:
     seed: int = 0
 
     def __str__(self):
-        shapes = {k: (tuple(v.shape), v.stride(), v.storage_offset()) for k, v in self.tensors.items()}
+        every = {**self.tensors, **{k: v for k, v in self.options.items() if isinstance(v, torch.Tensor)}}
+        if "queue" in self.options:
+            queue = self.options["queue"]
+            every |= {f"{queue.keys.dtype} keys": queue.keys, "ids": queue.ids}
+        shapes = {k: (tuple(v.shape), v.stride(), v.storage_offset()) for k, v in every.items()}
         shown = {k: v for k, v in self.options.items() if isinstance(v, (str, int, float, bool, type(None)))}
         named = f"{self.call} {self.backend} {self.dtype} {self.kind}"
         return f"{named} {shapes} {shown} {self.numbers} {self.wanted}"

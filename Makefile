@@ -5,7 +5,8 @@
 # make lint    formatting, lint and types
 # make asan    the tests of the native code under AddressSanitizer and UndefinedBehaviorSanitizer
 # make cuda-code  the CUDA kernels' machine code: registers, spills, tensor-core instructions (needs nvcc)
-# make tsan    the CUDA kernels on the host under ThreadSanitizer, then under the other two
+# make tsan    the CPU's tasks, and the CUDA kernels on the host, under ThreadSanitizer, then under the other two
+# make quick   lint, types and the quick tests, in less than 5 minutes
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 BUILD := $(if $(shell command -v nvcc),cuda,cpu)
 NATIVE := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: demo test triton bench lint format asan tsan cuda-code clean
+.PHONY: demo test quick triton bench lint format asan tsan cuda-code clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastcl train simclr --data digits --out runs/digits
@@ -21,6 +22,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto tests
+
+QUICK_TESTS = contract losses degenerate queue mochi errors fuzz
+quick: lint
+	$(BIN)/python -m pytest -n auto $(QUICK_TESTS:%=tests/test_%.py)
 
 TRITON_TESTS = stats losses degenerate topk queue mochi ops triton
 triton: $(VENV)/.installed
@@ -49,17 +54,20 @@ asan: $(VENV)/.installed
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  $(BIN)/python -m pytest -p no:cacheprovider -k "(cpu or isa) and not compile and not memory" \
 	  tests/test_isa.py tests/test_stats.py tests/test_topk.py tests/test_losses.py tests/test_degenerate.py \
-	  tests/test_queue.py tests/test_mochi.py; status=$$?; FASTCL_BUILD=$(BUILD) $(REBUILD); exit $$status
+	  tests/test_queue.py tests/test_mochi.py; status=$$?; \
+	  FASTCL_BUILD=$(BUILD) $(REBUILD) && exit $$status
 
-HOST_TEST = g++ -std=c++20 -O1 -g -Wall -Icsrc \
-  -I$(shell $(BIN)/python -c "from torch.utils.cpp_extension import include_paths as p; print(p()[0])") \
-  csrc/cuda/host_test.cpp -pthread
+HOST_TEST = g++ -std=c++20 -O1 -g -Wall -Icsrc -pthread
+TORCH_HEADERS = -I$(shell $(BIN)/python -c "from torch.utils.cpp_extension import include_paths as p; print(p()[0])")
+host_test = $(TORCH_HEADERS) csrc/cuda/host_test.cpp
+turns_test = csrc/cpu/turns_test.cpp csrc/cpu/plan.cpp csrc/cpu/memory.cpp
 tsan: $(VENV)/.installed
 	mkdir -p build
-	$(HOST_TEST) -fsanitize=thread -o build/host_test_tsan
-	setarch --addr-no-randomize build/host_test_tsan
-	$(HOST_TEST) -fsanitize=address,undefined -fno-sanitize-recover=all -o build/host_test_asan
-	build/host_test_asan
+	set -e; $(foreach test,turns_test host_test, \
+	  $(HOST_TEST) $($(test)) -fsanitize=thread -o build/$(test)_tsan; \
+	  setarch --addr-no-randomize build/$(test)_tsan; \
+	  $(HOST_TEST) $($(test)) -fsanitize=address,undefined -fno-sanitize-recover=all -o build/$(test)_asan; \
+	  build/$(test)_asan;)
 
 cuda-code: $(VENV)/.installed
 	$(BIN)/python -m bench.cuda_code

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastcl import chunked, native
-from fastcl.numerics import unit_rows
+from fastcl.numerics import constant_when_compiled, unit_rows
 from fastcl.one_positive import OnePositive
 from fastcl.problem import Mochi
 from fastcl.sup_con import SupCon
@@ -108,7 +108,7 @@ def fits(loss: OnePositive | SupCon, blocks: int, shared_bytes: int) -> bool:
     return fit
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 @cache
 def _limits(device: int) -> tuple[int, int, str]:
     limits: tuple[int, int, str] = torch.ops.fastcl_native.cuda_limits(device)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ LOG2E = 1.0 / LN2
 NORM_EPS = 1e-12
 
 _PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -29,7 +33,13 @@ def float32_matmul_precision() -> str:
         return {"tf32": "high", "bf16": "medium"}.get(torch.backends.cuda.matmul.fp32_precision, "highest")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def constant_when_compiled(function: _Function) -> _Function:
+    """As ``torch.compiler.assume_constant_result``, which imports the whole compiler to set one attribute."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_compiled
 def matmul_precision_level() -> int:
     """:func:`float32_matmul_precision` as the extension takes it; a compiled graph keeps what it found."""
     return _PRECISIONS[float32_matmul_precision()]

@@ -183,7 +183,7 @@ def dense_sup_con(
     positive = mask.bool().repeat(anchor.shape[0] // max(samples, 1), views) & ~itself
     logits = (anchor @ contrast.T / temperature).masked_fill(itself, -torch.inf)
     log_prob = logits.log_softmax(dim=1)
-    count = positive.sum(dim=1)
+    count = positive.sum(dim=1).to(log_prob.dtype)
     if variant == "out":
         losses = -log_prob.masked_fill(~positive, 0.0).sum(dim=1) / count.clamp_min(1)
     else:

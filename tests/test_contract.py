@@ -1,6 +1,8 @@
 """The public contract: names, signatures, returned dtypes, and the packages that are replaced."""
 
 import inspect
+import subprocess
+import sys
 from dataclasses import fields
 
 import formulas
@@ -11,6 +13,7 @@ from loss_table import LOSSES, MASKED
 
 import fastcl
 from fastcl import native, testing
+from fastcl.numerics import constant_when_compiled
 
 ALL_NEGATIVE = inspect.signature(fastcl.similarity_stats).parameters["rule"].default
 
@@ -57,6 +60,18 @@ def test_statistics_are_named():
 
 def test_the_native_extension_is_built():
     assert native.missing_reason() is None
+
+
+def test_the_import_brings_nothing_heavy():
+    heavy = "torch._dynamo", "triton", "lightning", "torchvision", "kornia", "timm", "matplotlib", "sympy"
+    command = f"import sys, torch, fastcl; print(*(name for name in {heavy} if name in sys.modules))"
+    found = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True).stdout
+    assert found.split() == []
+
+
+def test_constants_of_compiled_graphs_are_marked_as_torch_marks_them():
+    ours, theirs = constant_when_compiled(lambda: 0), torch.compiler.assume_constant_result(lambda: 0)
+    assert vars(ours) == vars(theirs) != {}
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)

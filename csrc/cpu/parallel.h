@@ -1,14 +1,19 @@
 // Tasks over torch's own threads, and scratch memory that each thread keeps.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
+#include <functional>
 
 #include "cpu/memory.h"
 
 namespace fastcl {
+
+int64_t thread_count();
+
+// Calls work() on that many threads, this one among them, and throws what one of them has thrown.
+void on_threads(int64_t threads, const std::function<void()>& work);
 
 // A thread's scratch: taken piece by piece within one task, kept for the next unless it is large.
 class Scratch {
@@ -41,16 +46,16 @@ class Scratch {
 template <class Task>
 void for_each_task(int64_t count, const Task& task) {
   std::atomic<int64_t> next{0};
-  auto work = [&](int64_t, int64_t) {
+  auto work = [&] {
     static thread_local Scratch scratch;
     for (int64_t index; (index = next.fetch_add(1)) < count;) task(index, scratch);
     scratch.release_large();
   };
-  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
+  const int64_t threads = std::min(count, thread_count());
   if (threads <= 1)
-    work(0, 1);
+    work();
   else
-    torch::stable::parallel_for(0, threads, 1, work);
+    on_threads(threads, work);
 }
 
 // Splits [0, count) into ranges of `grain` and calls body(begin, end, scratch) for each.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -14,6 +15,7 @@ NORM_EPS = 1e-12
 _PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -33,6 +35,13 @@ def float32_matmul_precision() -> str:
 def matmul_precision_level() -> int:
     """:func:`float32_matmul_precision` as the extension takes it; a compiled graph keeps what it found."""
     return _PRECISIONS[float32_matmul_precision()]
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A block without autocast; meta tensors know none."""
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def softplus(x: Tensor) -> Tensor:

@@ -107,7 +107,10 @@ def inverse_scalar(name: str, value: float | Tensor, like: Tensor, *, per_row: b
     With ``per_row`` a value of shape (N, 1) beside (N, D) keeps its shape.
     """
     if isinstance(value, Tensor):
-        return _nan_unless_finite(_beside(name, value, like, per_row).reciprocal())
+        value = _beside(name, value, like, per_row)
+        if value.dim():  # a row's infinite temperature is a mistake like its zero
+            value = _nan_unless_finite(value)
+        return _nan_unless_finite(value.reciprocal())
     number = _finite(name, value)
     if number == 0:
         raise ValueError(f"{name} must not be zero, got {value}")

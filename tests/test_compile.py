@@ -44,7 +44,7 @@ def right_or_refused(function, inputs, wanted):
         grads = torch.autograd.grad(f(*leaves).sum(), chosen, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in grads), chosen)
 
-    with pytest.raises(RuntimeError, match=r"double backward|second derivatives"):
+    with pytest.raises(RuntimeError, match="double backward"):
         penalty(compiled(function))
     assert all(x.any() for x in penalty(function))
 
@@ -59,9 +59,6 @@ def test_second_derivatives_of_a_compiled_loss_are_refused(loss, reduction, back
     right_or_refused(call, inputs, range(len(inputs)))
     torch._dynamo.reset()
     right_or_refused(call, inputs, [0])
-    torch._dynamo.reset()
-    # of the rows a graph then sees what was made of them only
-    right_or_refused(lambda *x: call(*(2 * y for y in x)), inputs, [0])
 
 
 @pytest.mark.parametrize("wanted", [[0], [0, 1]], ids=["frozen keys", "all"])
@@ -193,14 +190,10 @@ def test_frozen_keys_may_thaw_after_the_export(backend):
 
 @every_loss
 @every_reduction
-def test_without_memory_behind_it(loss, reduction):
-    """On meta tensors and fake ones there is a shape, and a graph."""
+def test_fake_tensors(loss, reduction):
+    """On fake tensors there is a shape, and a graph."""
     inputs, factor = tensors(loss), loss.factor(0.5)
     shape = loss.product(*inputs, factor, reduction=reduction).shape
-    meta = [x.to("meta").requires_grad_() for x in inputs]
-    if "label" not in str(loss.product.keywords) and loss.product.func.__name__ != "call":
-        value = loss.product(*meta, factor, reduction=reduction)
-        assert (value.shape, value.device.type) == (shape, "meta")
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(x).requires_grad_() for x in inputs]
         value = loss.product(*fake, factor, reduction=reduction)

@@ -92,6 +92,7 @@ def _statistics(name: str, dtype: torch.dtype, width: int, n: int = _ROWS, m: in
             normalize=True,
             columns=not symmetric,
             symmetric=symmetric,
+            precision=0,
         )
         rows, row_state, columns, column_state, _ = kernels.stats_forward(problem, False)
         kernels.stats_backward(problem, rows, columns, row_state, column_state, needs)

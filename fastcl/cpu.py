@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcl.numerics import LOG2E, compute_dtype, matmul_precision_level, unit_rows
+from fastcl.numerics import LOG2E, compute_dtype, unit_rows
 from fastcl.problem import (
     Mochi,
     Needs,
@@ -68,13 +68,13 @@ def topk(args: TopK) -> tuple[Tensor, Tensor]:
 
 def mochi(args: Mochi) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`fastcl.chunked.mochi`."""
-    query, positive = _row_contiguous(args.query), _row_contiguous(args.positive)
+    query, positive, keys = (_row_contiguous(x) for x in (args.query, args.positive, args.keys))
     dtype = compute_dtype(query.dtype)
     shapes = (query.shape[:1], query.shape, query.shape, query.shape[:1])
     losses, grad_query, grad_positive, grad_scale = (query.new_empty(s, dtype=dtype) for s in shapes)
     draws = (x.contiguous() for x in (args.first, args.second, args.alpha, args.partner, args.beta))
     outputs = (losses, grad_query, grad_positive, grad_scale)
-    _native.mochi(query, positive, args.keys, args.scale, *draws, args.n_hard, *outputs)
+    _native.mochi(query, positive, keys, args.scale, *draws, args.n_hard, *outputs)
     return outputs
 
 
@@ -104,7 +104,7 @@ def _native_problem(problem: Problem, prepared: Prepared) -> tuple[Tensor | floa
         _contiguous(bias2),
         *(_contiguous(x) for x in ids),
         problem.symmetric,
-        matmul_precision_level(),
+        problem.precision,
         problem.columns,
     )
 

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from fastcl import chunked, native
 from fastcl.numerics import constant_when_compiled, unit_rows
-from fastcl.one_positive import OnePositive
+from fastcl.one_positive import BATCH, VIEWS, OnePositive
 from fastcl.problem import Mochi
 from fastcl.sup_con import SupCon
 
 if TYPE_CHECKING:
     from fastcl.dispatch import Request
+
+_WARPS = 8  # of a block
 
 NOTE = "has never run on a GPU: off in 'auto'"
 
@@ -88,24 +90,46 @@ def mochi(args: Mochi) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def mixing_fits(args: Mochi, shared_bytes: int) -> bool:
     """Whether a block of ``shared_bytes`` holds what is known of a query's hard keys."""
-    synthetics = args.first.shape[1] + args.partner.shape[1]
-    fit: bool = torch.ops.fastcl_native.mixing_fits(
-        args.query.shape[1], args.n_hard, synthetics, shared_bytes
-    )
-    return fit
+    synthetics, width = args.first.shape[1] + args.partner.shape[1], args.query.shape[1]
+    per_warp = args.n_hard + width + 1
+    floats = width + 2 * args.n_hard + 2 * synthetics + _WARPS * per_warp
+    return 4 * floats <= shared_bytes
 
 
 def fits(loss: OnePositive | SupCon, blocks: int, shared_bytes: int) -> bool:
     """Whether ``blocks`` of ``shared_bytes`` each hold the similarity matrix of ``loss``."""
-    count, device = loss.query.shape[0], (loss.query.element_size(), blocks, shared_bytes)
-    fit: bool
-    if isinstance(loss, OnePositive):
-        negatives = 0 if loss.negatives is None else loss.negatives.shape[0]
-        fit = torch.ops.fastcl_native.one_positive_fits(loss.layout, count, negatives, *device)
-    else:
-        keys = None if loss.key is None else loss.key.shape[0]
-        fit = torch.ops.fastcl_native.sup_con_fits(count, keys, *device)
-    return fit
+    edge = _largest_square(loss.query.element_size(), isinstance(loss, SupCon), shared_bytes)
+    if edge == 0:
+        return False
+    queries = keys = loss.query.shape[0]
+    symmetric = False
+    if isinstance(loss, SupCon):
+        symmetric = loss.key is None
+        keys = queries if loss.key is None else loss.key.shape[0]
+    elif loss.layout == VIEWS:
+        symmetric, queries = True, 2 * queries
+    elif loss.negatives is not None:
+        keys = loss.negatives.shape[0]
+    down, across = (queries + edge - 1) // edge, (keys + edge - 1) // edge
+    if symmetric:
+        return down * (down + 1) // 2 <= blocks
+    return max(down, across) <= blocks and down * across <= blocks
+
+
+@cache
+@constant_when_compiled
+def _largest_square(element_bytes: int, labelled: bool, shared_bytes: int) -> int:
+    """How many queries and keys one block can compare; a compiled graph keeps what it found."""
+    native = torch.ops.fastcl_native
+    low, high = 0, 1 << 16
+    while high - low > 1:
+        middle = (low + high) // 2
+        if labelled:
+            fit = native.sup_con_fits(middle, None, element_bytes, 1, shared_bytes)
+        else:
+            fit = native.one_positive_fits(BATCH, middle, 0, element_bytes, 1, shared_bytes)
+        low, high = (middle, high) if fit else (low, middle)
+    return low
 
 
 @constant_when_compiled

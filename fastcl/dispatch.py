@@ -18,6 +18,7 @@ from fastcl.checks import check_choice
 from fastcl.one_positive import OnePositive
 from fastcl.problem import Mochi
 from fastcl.sup_con import SupCon
+from fastcl.transforms import is_transformed
 
 WholeLoss = OnePositive | SupCon
 
@@ -181,11 +182,15 @@ class use_backend:  # noqa: N801  (a function that is also a context manager)
 def choose(request: Request, name: str = "auto") -> Backend:
     """The backend for ``request``; an explicit ``name`` wins over :class:`use_backend`'s.
 
+    Where ``torch.func`` or forward mode differentiates the call, it is the dense formula.
+
     Raises:
         ValueError: an unknown name.
         RuntimeError: the named backend is not available or cannot serve the request.
     """
     check_choice("backend", name, _NAMES)
+    if is_transformed():
+        return _BACKENDS["reference"]
     if name == "auto":
         name = _selected
     if name == "auto":

@@ -21,17 +21,24 @@ from fastcl import dispatch
 from fastcl.chunked import empty_state, merge_states, statistics
 from fastcl.numerics import compute_dtype
 from fastcl.one_positive import OnePositive
-from fastcl.problem import Needs, Problem
+from fastcl.problem import PROBLEM_TENSORS, Needs, Problem
 from fastcl.similarity import problem_stats
 from fastcl.stats import SimilarityStats, from_packed
+from fastcl.transforms import is_transformed
 
 
 def check_group(group: dist.ProcessGroup | None, ring: bool) -> None:
-    """Raise unless ``group`` is None or a process group of this rank, and given where ``ring`` is."""
+    """Raise unless ``group`` is None or a process group of this rank, and given where ``ring`` is.
+
+    Raises:
+        RuntimeError: a group under forward mode or ``torch.func``, which ranks do not share.
+    """
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a ProcessGroup that this rank belongs to, got {type(group).__name__}")
     if ring and group is None:
         raise ValueError("ring=True passes keys between the ranks of a group, but got group=None")
+    if group is not None and is_transformed():
+        raise RuntimeError("with group= derivatives are those of backward(): no torch.func, no forward mode")
 
 
 def one_positive(args: OnePositive, group: dist.ProcessGroup, ring: bool) -> Tensor:
@@ -257,8 +264,8 @@ class _RingStats(torch.autograd.Function):
         carried = _nothing(problem.key).T if problem.columns else None
         carried = ring.travel(_Shard.of(problem), carried, visit)
         columns = rows.new_empty(6, 0) if carried is None else carried.T
-        ctx.save_for_backward(*(x for x in problem if not isinstance(x, bool)), rows[:4], columns[:4])
-        ctx.ring, ctx.backend, ctx.flags = ring, backend, [x for x in problem if isinstance(x, bool)]
+        ctx.save_for_backward(*problem[:PROBLEM_TENSORS], rows[:4], columns[:4])
+        ctx.ring, ctx.backend, ctx.flags = ring, backend, problem[PROBLEM_TENSORS:]
         return statistics(rows[:4], rows[4:]), statistics(columns[:4], columns[4:])
 
     @staticmethod

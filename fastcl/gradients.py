@@ -11,23 +11,22 @@ from torch import Tensor
 from fastcl import reference
 from fastcl.numerics import reduce
 from fastcl.one_positive import OnePositive
-from fastcl.problem import Mochi, Needs, PairGradients, Problem, input_gradients, prepare
+from fastcl.problem import PROBLEM_TENSORS, Mochi, Needs, PairGradients, Problem, input_gradients, prepare
 from fastcl.sup_con import SupCon
 
 _PROBLEM_FIELDS = len(Problem._fields)
-_PROBLEM_TENSORS = _PROBLEM_FIELDS - 3
 
 
 def save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     problem, (weighted_keys, backend) = Problem(*inputs[:_PROBLEM_FIELDS]), inputs[_PROBLEM_FIELDS:]
     _, row_state, _, column_state, weighted = output
     ctx.mark_non_differentiable(row_state, column_state, weighted)
-    tensors = list(problem[:_PROBLEM_TENSORS])
+    tensors = list(problem[:PROBLEM_TENSORS])
     ctx.frozen = tuple(_Frozen(x if weighted_keys else None) for x in (problem.key, problem.exclude_key))
     if weighted_keys:
         tensors[1] = tensors[-1] = None
     ctx.save_for_backward(*tensors, row_state, column_state, weighted)
-    ctx.flags, ctx.backend, ctx.weighted_keys = problem[_PROBLEM_TENSORS:], backend, weighted_keys
+    ctx.flags, ctx.backend, ctx.weighted_keys = problem[PROBLEM_TENSORS:], backend, weighted_keys
 
 
 def stats_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -42,6 +41,7 @@ def stats_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
             key, exclude_key = (frozen.get() for frozen in ctx.frozen)
             problem = problem._replace(key=key, exclude_key=exclude_key)
         return (*_second_order_stats(problem, needs, grad_rows, grad_columns), *unused)
+    grad_rows = _first_order(grad_rows, problem[:5])
     if ctx.weighted_keys:
         query_only = problem._replace(key=problem.query, symmetric=True)
         pairs = PairGradients(weighted * grad_rows[0, :, None], None, None)
@@ -65,6 +65,11 @@ def _second_order_stats(
     return _differentiable_grad((rows, columns), (grad_rows, grad_columns), inputs, needs)
 
 
+def _version(tensor: Tensor | None) -> int:
+    """Counts what was written in place; what was made under inference mode is not counted."""
+    return -1 if tensor is None or tensor.is_inference() else tensor._version
+
+
 class _Frozen:
     """A tensor kept for second derivatives only, so that it may be overwritten before a first backward.
 
@@ -73,12 +78,23 @@ class _Frozen:
 
     def __init__(self, tensor: Tensor | None) -> None:
         self._tensor = tensor
-        self._version = -1 if tensor is None else tensor._version
+        self._version = _version(tensor)
 
     def get(self) -> Tensor | None:
-        if self._tensor is not None and self._tensor._version != self._version:
+        if _version(self._tensor) != self._version:
             raise RuntimeError("the keys were modified in place since the loss: no second derivatives")
         return self._tensor
+
+
+def _first_order(grad: Tensor, inputs: Sequence[Tensor | None]) -> Tensor:
+    """``grad``; in a graph, of a backward pass of which ``inputs`` are inputs.
+
+    Then torch refuses to differentiate the pass. It would take what does not depend on them for constant.
+    """
+    if type(grad) is Tensor:
+        return grad
+    traced: Tensor = torch.ops.fastcl.first_order(grad, [x for x in inputs if x is not None])
+    return traced
 
 
 def _views(inputs: Sequence[Tensor | None]) -> list[Any]:
@@ -125,6 +141,7 @@ def _whole_loss_gradient(
 ) -> list[Tensor | None]:
     """From the gradients for an incoming 1 that the op returned with the loss."""
     grads: list[Tensor | None] = [None] * len(inputs)
+    grad_loss = _first_order(grad_loss, inputs)
     for i, (x, grad) in enumerate(zip(inputs, unit_grads, strict=True)):
         if x is None or not ctx.needs_input_grad[i]:
             continue
@@ -190,6 +207,7 @@ def mochi_gradient(ctx: Any, grad_losses: Tensor, *_: Tensor) -> tuple[Tensor | 
         views = _views(inputs)
         losses = reference.mochi(Mochi._make([*views, ctx.keys.get(), *draws, ctx.n_hard]))
         return (*_differentiable_grad((losses,), (grad_losses,), views, needs), *unused)
+    grad_losses = _first_order(grad_losses, inputs)
     grad_query, grad_positive, grad_scale = unit_grads
     column = grad_losses[:, None]
     return (

@@ -14,15 +14,25 @@ from fastcl.checks import (
     check_reduction,
     check_same,
     check_same_count,
+    in_one_dtype,
     inverse_scalar,
     scalar,
 )
-from fastcl.numerics import compute_dtype, inverse_norms, reduce, row_dot, softplus, unit_rows
+from fastcl.numerics import (
+    compute_dtype,
+    inverse_norms,
+    reduce,
+    row_dot,
+    softplus,
+    unit_rows,
+    without_autocast,
+)
 from fastcl.one_positive import BATCH, NEGATIVES, PAIRS, VIEWS, OnePositive
 from fastcl.queue import NegativeQueue
 from fastcl.rules import check_ids
 from fastcl.similarity import problem_stats
 from fastcl.sup_con import SupCon
+from fastcl.transforms import is_readable
 
 
 def info_nce(
@@ -48,7 +58,8 @@ def info_nce(
         negative_keys: None: the other queries' positives are the negatives; (M, D) with 'unpaired';
             (N, M, D) with 'paired'; or a :class:`fastcl.NegativeQueue`, whose keys are used in place: not
             normalized again, not copied, without gradient, in their own dtype.
-        temperature: a finite non-zero number, or a 0-d tensor, which then receives its gradient.
+        temperature: a finite non-zero number, or a tensor of one element, which then receives its
+            gradient, or one of shape (N, 1): a temperature per row.
         reduction: 'mean', 'sum' or 'none'.
         negative_mode: 'unpaired' or 'paired'.
         query_ids: (N,) integers; the queue's keys with the same id are excluded.
@@ -69,13 +80,14 @@ def info_nce(
     Raises:
         ValueError: shapes that do not fit, an unknown mode or reduction, a bad temperature; ``ring``
             without ``group``; rows not equally wide on all ranks.
-        TypeError: dtypes that are not floating, or differ; a ``group`` that is none, or not of this rank.
+        TypeError: dtypes that are not floating, or differ outside autocast; a ``group`` that is none, or
+            not of this rank.
         RuntimeError: ``ring`` under the backend 'reference'.
     """
     check_choice("negative_mode", negative_mode, ("unpaired", "paired"))
     check_reduction(reduction)
     distributed.check_group(group, ring)
-    check_pair("query", query, "positive_key", positive_key)
+    query, positive_key = check_pair("query", query, "positive_key", positive_key)
     paired = negative_keys is not None and negative_mode == "paired"
     if group is not None and (paired or isinstance(negative_keys, NegativeQueue)):
         own = "none" if reduction == "none" else "sum"
@@ -83,7 +95,7 @@ def info_nce(
             query, positive_key, negative_keys, temperature, own, negative_mode, query_ids=query_ids
         )
         return distributed.group_reduce(losses, query.shape[0], reduction, group)
-    scale = inverse_scalar("temperature", temperature, query)
+    scale = inverse_scalar("temperature", temperature, query, per_row=True)
     if isinstance(negative_keys, NegativeQueue):
         return _queue_info_nce(query, positive_key, negative_keys, scale, reduction, query_ids)
     if query_ids is not None:
@@ -96,6 +108,8 @@ def info_nce(
         )
     check_matrix("negative_keys", negative_keys, 3 if paired else 2)
     check_same("negative_keys", negative_keys, "query", query)
+    if negative_keys.dtype != query.dtype:
+        query, positive_key, negative_keys = in_one_dtype(query, positive_key, negative_keys)
     if paired:
         check_same_count("negative_keys", negative_keys, "query", query)
         return _paired_info_nce(query, positive_key, negative_keys, scale, reduction)
@@ -122,7 +136,7 @@ def nt_xent(
     Args:
         z1: (N, D) embeddings of the first views, any floating dtype; normalized inside.
         z2: (N, D) embeddings of the second views, same dtype.
-        temperature: a finite non-zero number, or a 0-d tensor, which then receives its gradient.
+        temperature: a finite non-zero number, or a tensor of one element, which then receives its gradient.
         reduction: 'mean', 'sum' or 'none'.
         group: the loss is that of all ranks' rows, each rank passing its own, as in :func:`info_nce`.
         ring: with ``group``, pass keys from rank to rank instead of gathering them.
@@ -135,7 +149,7 @@ def nt_xent(
     """
     check_reduction(reduction)
     distributed.check_group(group, ring)
-    check_pair("z1", z1, "z2", z2)
+    z1, z2 = check_pair("z1", z1, "z2", z2)
     scale = inverse_scalar("temperature", temperature, z1)
     args = OnePositive(z1, z2, None, scale, None, None, VIEWS, True, True, reduction)
     return _one_positive(args, group, ring)
@@ -158,8 +172,8 @@ def clip_loss(
     Args:
         image_features: (N, D), any floating dtype.
         text_features: (N, D), same dtype.
-        logit_scale: the factor of the logits, already exponentiated: a finite number or a 0-d tensor,
-            which then receives its gradient.
+        logit_scale: the factor of the logits, already exponentiated: a finite number or a tensor of one
+            element, which then receives its gradient.
         normalize: divide rows by their L2 norm first; False if they are unit rows already.
         reduction: 'mean', 'sum' or 'none'.
         group: the loss is that of all ranks' rows, each rank passing its own, as in :func:`info_nce`.
@@ -173,7 +187,9 @@ def clip_loss(
     """
     check_reduction(reduction)
     distributed.check_group(group, ring)
-    check_pair("image_features", image_features, "text_features", text_features)
+    image_features, text_features = check_pair(
+        "image_features", image_features, "text_features", text_features
+    )
     scale = scalar("logit_scale", logit_scale, image_features)
     return _one_positive(
         OnePositive(
@@ -206,7 +222,7 @@ def sup_con(
         features: (B, V, D), V views of each sample, or (N, D); any floating dtype.
         labels: (B,) integers; equal labels are positives.
         mask: (B, B), ``mask[i, j]`` non-zero where sample j is a positive of sample i; may be asymmetric.
-        temperature: a finite non-zero number, or a 0-d tensor, which then receives its gradient.
+        temperature: a finite non-zero number, or a tensor of one element, which then receives its gradient.
         base_temperature: the loss is scaled by ``temperature / base_temperature``; None: not scaled.
         contrast_mode: 'all': every view is an anchor; 'one': the first view only.
         variant: 'out': mean of log-probabilities; 'in': log of their mean probability.
@@ -221,7 +237,8 @@ def sup_con(
 
     Raises:
         ValueError: both labels and mask, or mask and group; shapes that do not fit; unknown modes; a bad
-            temperature; on the CPU, a mask with values other than 0 and 1; and as :func:`info_nce`.
+            temperature; (N, D) without labels and mask; on the CPU, a mask with values other than 0 and 1;
+            and as :func:`info_nce`.
         TypeError: features that are not floating; labels that are not integers.
         RuntimeError: a mask under a backend other than 'chunked' and 'reference'.
     """
@@ -232,6 +249,11 @@ def sup_con(
     check_matrix("features", features, (2, 3))
     if labels is not None and mask is not None:
         raise ValueError("labels and mask cannot both be given")
+    if labels is None and mask is None and features.dim() == 2:
+        raise ValueError(
+            "features must be views (B, V, D), or come with labels or a mask: rows of shape "
+            f"{tuple(features.shape)} alone have no positives"
+        )
     if mask is not None and group is not None:
         raise ValueError("mask says nothing about other ranks' samples: with group, give labels or neither")
     if base_temperature is not None and not base_temperature > 0:
@@ -301,12 +323,14 @@ def _positive_table(mask: Tensor, samples: int, features: Tensor) -> Tensor:
     if mask.device != features.device:
         raise ValueError(f"mask must be on {features.device} like features, got {mask.device}")
     table = mask != 0
-    if mask.device.type == "cpu" and not torch.equal(mask, table.to(mask.dtype)):
+    if is_readable(mask) and not torch.equal(mask, table.to(mask.dtype)):
         raise ValueError("mask must hold zeros and ones only: weighted positives are not supported")
     return table
 
 
 def _one_positive(args: OnePositive, group: dist.ProcessGroup | None = None, ring: bool = False) -> Tensor:
+    if args.scale.dim():
+        args = args.with_scaled_rows()
     if group is not None:
         return distributed.one_positive(args, group, ring)
     backend = dispatch.choose(dispatch.Request.of_loss(args))
@@ -342,10 +366,10 @@ def _paired_info_nce(
     query: Tensor, positive: Tensor, negatives: Tensor, scale: Tensor, reduction: str
 ) -> Tensor:
     """Each row has its own negatives: their logits are D times smaller than the input, plain torch serves."""
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         query, positive = unit_rows(query), unit_rows(positive)
         negatives = negatives.to(compute_dtype(negatives.dtype))
         scale = scale.to(query.dtype)
         dots = (negatives @ query[:, :, None]).squeeze(-1)  # [N, M]
         lse_neg = (scale * dots * inverse_norms(negatives).squeeze(-1)).logsumexp(dim=1)
-        return reduce(softplus(lse_neg - scale * row_dot(query, positive)), reduction)
+        return reduce(softplus(lse_neg - scale.flatten() * row_dot(query, positive)), reduction)

@@ -13,6 +13,7 @@ from fastcl.losses import info_nce
 from fastcl.numerics import compute_dtype, reduce
 from fastcl.problem import Mochi
 from fastcl.queue import NegativeQueue
+from fastcl.transforms import is_readable
 
 
 class MochiDraws(NamedTuple):
@@ -57,7 +58,7 @@ def mochi_loss(
         query: (N, D), any floating dtype; normalized inside.
         positive_key: (N, D), same dtype; normalized inside.
         queue: the negatives, used in place; they may have another dtype.
-        temperature: a finite non-zero number, or a 0-d tensor, which then receives its gradient.
+        temperature: a finite non-zero number, or a tensor of one element, which then receives its gradient.
         n_hard: how many of the most similar keys are mixed from; at most the queue's size is used.
         n_mix: synthetic negatives of type 1 per query.
         n_query_mix: synthetic negatives of type 2 per query. With both 0 this is MoCo's loss.
@@ -74,7 +75,7 @@ def mochi_loss(
         TypeError: dtypes that are not floating, or differ; a queue that is not a NegativeQueue.
     """
     check_reduction(reduction)
-    check_pair("query", query, "positive_key", positive_key)
+    query, positive_key = check_pair("query", query, "positive_key", positive_key)
     if not isinstance(queue, NegativeQueue):
         raise TypeError(f"queue must be a NegativeQueue, got {type(queue).__name__}")
     check_same("queue.keys", queue.keys, "query", query, dtype=False)
@@ -123,7 +124,7 @@ def _checked_draws(draws: MochiDraws, query: Tensor, n_hard: int, n_mix: int, n_
             raise ValueError(f"draws.{name} must be on {query.device} like query, got {values.device}")
         if values.is_floating_point() != (name in ("alpha", "beta")):
             raise TypeError(f"draws.{name} has the wrong kind of dtype: {values.dtype}")
-        if values.device.type != "cpu" or values.numel() == 0 or torch.compiler.is_compiling():
+        if values.numel() == 0 or not is_readable(values):
             continue
         low, high = values.min().item(), values.max().item()
         limit = {"alpha": 1.0, "beta": 0.5}.get(name, n_hard - 1)

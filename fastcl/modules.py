@@ -12,7 +12,7 @@ class InfoNCE(nn.Module):
     """:func:`fastcl.info_nce` as a module; a drop-in for ``info_nce.InfoNCE``.
 
     Args:
-        temperature: a finite non-zero number, or a 0-d tensor.
+        temperature: as :func:`fastcl.info_nce` takes it.
         reduction: 'mean', 'sum' or 'none'.
         negative_mode: 'unpaired' or 'paired'.
     """

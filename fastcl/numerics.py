@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import TypeVar
@@ -18,6 +19,7 @@ _PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -43,6 +45,13 @@ def constant_when_compiled(function: _Function) -> _Function:
 def matmul_precision_level() -> int:
     """:func:`float32_matmul_precision` as the extension takes it; a compiled graph keeps what it found."""
     return _PRECISIONS[float32_matmul_precision()]
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A block without autocast; meta tensors know none."""
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def softplus(x: Tensor) -> Tensor:

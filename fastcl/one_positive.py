@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastcl.numerics import compute_dtype, reduce, row_dot, softplus, unit_rows
+from fastcl.numerics import compute_dtype, matmul_precision_level, reduce, row_dot, softplus, unit_rows
 from fastcl.problem import Problem
 
 # Layouts: what the rows are compared with.
@@ -27,7 +27,7 @@ class OnePositive(NamedTuple):
     query: Tensor  # (N, D)
     positive: Tensor  # (N, D)
     negatives: Tensor | None  # (M, D) with NEGATIVES, else None
-    scale: Tensor  # ()
+    scale: Tensor  # (), or (N, 1) until with_scaled_rows
     query_ids: Tensor | None  # (N,) int64, with NEGATIVES: negatives of the same id are excluded
     negative_ids: Tensor | None  # (M,) int64
     layout: int
@@ -39,6 +39,15 @@ class OnePositive(NamedTuple):
         """Query and positive converted once: both enter twice, and their gradients should round once."""
         dtype = compute_dtype(self.query.dtype)
         return self._replace(query=self.query.to(dtype), positive=self.positive.to(dtype))
+
+    def with_scaled_rows(self) -> OnePositive:
+        """The same loss with the rows' own scales in the queries."""
+        return self._replace(
+            query=unit_rows(self.query, self.normalize) * self.scale.to(compute_dtype(self.query.dtype)),
+            positive=unit_rows(self.positive, self.normalize),
+            scale=torch.ones((), dtype=self.scale.dtype, device=self.scale.device),
+            normalize=False,
+        )
 
     def problem(self) -> Problem:
         """The statistics call whose ``lse_neg`` (rows, for PAIRS columns too) the loss is made of."""
@@ -70,6 +79,7 @@ class OnePositive(NamedTuple):
             normalize=normalize,
             columns=self.layout == PAIRS,
             symmetric=self.layout == VIEWS,
+            precision=matmul_precision_level(),
         )
 
     def loss(self, lse_neg: Tensor, column_lse_neg: Tensor | None) -> Tensor:

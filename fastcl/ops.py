@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from fastcl import chunked, cpu, cuda, gradients, reference
-from fastcl.numerics import compute_dtype, matmul_precision_level
+from fastcl.numerics import compute_dtype, matmul_precision_level, without_autocast
 from fastcl.one_positive import OnePositive
 from fastcl.problem import Mochi, Needs, Problem, TopK
 from fastcl.sup_con import SupCon
+from fastcl.transforms import refuse_tangents
 
 _MODULES: dict[str, ModuleType] = {"reference": reference, "chunked": chunked, "cpu": cpu, "cuda": cuda}
 
@@ -30,7 +31,7 @@ def _module(backend: str) -> ModuleType:
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor scale, Tensor? key_bias, Tensor? key_scale, "
     "Tensor? positive_query, Tensor? positive_key, Tensor? positive_table, "
-    "Tensor? exclude_query, Tensor? exclude_key, bool normalize, bool columns, bool symmetric"
+    "Tensor? exclude_query, Tensor? exclude_key, bool normalize, bool columns, bool symmetric, int precision"
 )
 _library = Library("fastcl", "DEF")
 _library.define(
@@ -70,6 +71,9 @@ _library.define(
     "str backend) -> ()"
 )
 
+# the incoming gradient, in the backward pass of a compiled graph
+_library.define("first_order(Tensor grad, Tensor[] inputs) -> Tensor")
+
 _PROBLEM_FIELDS = len(Problem._fields)
 
 
@@ -94,10 +98,7 @@ def sup_con(args: SupCon) -> Tensor:
 
 
 def _whole_loss(name: str, differentiable: tuple[Tensor | None, ...], *arguments: Any) -> Tensor:
-    needs = 0
-    if torch.is_grad_enabled():
-        for bit, x in enumerate(differentiable):
-            needs |= (x is not None and x.requires_grad) << bit
+    needs = _needs(differentiable) if torch.is_grad_enabled() else 0
     call = getattr(torch.ops.fastcl, name).default
     if needs and not torch.compiler.is_compiling():
         call = _WHOLE_LOSS_FUNCTIONS[name].apply  # where the dispatcher would arrive, without the way there
@@ -105,8 +106,17 @@ def _whole_loss(name: str, differentiable: tuple[Tensor | None, ...], *arguments
     return loss
 
 
+def _needs(differentiable: tuple[Tensor | None, ...]) -> int:
+    needs = 0
+    for bit, x in enumerate(differentiable):
+        needs |= (x is not None and x.requires_grad) << bit
+    return needs
+
+
 def topk(args: TopK, backend: str) -> tuple[Tensor, Tensor]:
     """Values (N, k) and indices (N, k); no gradient."""
+    if backend == "reference":
+        return reference.topk(args)
     values, indices = torch.ops.fastcl.topk(*args, backend)
     return values, indices
 
@@ -137,7 +147,7 @@ def _filled(like: Tensor, *outputs: Tensor | None) -> tuple[Tensor, ...]:
 
 def _stats_forward(*args: Any) -> tuple[Tensor, ...]:
     problem, (weighted_keys, backend) = Problem(*args[:_PROBLEM_FIELDS]), args[_PROBLEM_FIELDS:]
-    with torch.autocast(problem.query.device.type, enabled=False):
+    with without_autocast(problem.query.device):
         outputs: tuple[Tensor, ...] = _module(backend).stats_forward(problem, weighted_keys)
         return outputs
 
@@ -145,13 +155,13 @@ def _stats_forward(*args: Any) -> tuple[Tensor, ...]:
 def _stats_backward(*args: Any) -> tuple[Tensor, ...]:
     problem, rest = Problem(*args[:_PROBLEM_FIELDS]), args[_PROBLEM_FIELDS:]
     *tensors, needs, backend = rest
-    with torch.autocast(problem.query.device.type, enabled=False):
+    with without_autocast(problem.query.device):
         return _filled(problem.query, *_module(backend).stats_backward(problem, *tensors, Needs(*needs)))
 
 
 def _one_positive_triton(*args: Any) -> tuple[Tensor, ...]:
     *fields, mean, _, needs = args
-    with torch.autocast(args[0].device.type, enabled=False):
+    with without_autocast(args[0].device):
         arguments = OnePositive._make([*fields, "mean" if mean else "sum"])
         outputs: tuple[Tensor, ...] = _module("triton").one_positive(arguments, needs)
         return outputs
@@ -159,13 +169,13 @@ def _one_positive_triton(*args: Any) -> tuple[Tensor, ...]:
 
 def _topk(*args: Any) -> tuple[Tensor, Tensor]:
     *arguments, backend = args
-    with torch.autocast(arguments[0].device.type, enabled=False):
+    with without_autocast(arguments[0].device):
         values, indices = _module(backend).topk(TopK(*arguments))
         return values, indices
 
 
 def _mochi(*args: Any) -> tuple[Tensor, ...]:
-    with torch.autocast(args[0].device.type, enabled=False):
+    with without_autocast(args[0].device):
         outputs: tuple[Tensor, ...] = _module(args[-1]).mochi(Mochi(*args[:-1]))
         return outputs
 
@@ -174,6 +184,14 @@ def _enqueue(*args: Any) -> None:
     *arguments, backend = args
     # a backend without one of its own has nothing to gain from it
     getattr(_module(backend), "enqueue", chunked.enqueue)(*arguments)
+
+
+def _first_order(grad: Tensor, inputs: list[Tensor]) -> Tensor:
+    return grad.clone()  # an op returns no input
+
+
+def _fake_first_order(grad: Tensor, inputs: list[Tensor]) -> Tensor:
+    return torch.empty_like(grad)
 
 
 def _fake_stats_forward(*args: Any) -> tuple[Tensor, ...]:
@@ -238,6 +256,7 @@ for _name, _kernel, _fake in (
     ("topk", _topk, _fake_topk),
     ("mochi", _mochi, _fake_mochi),
     ("enqueue", _enqueue, _fake_enqueue),
+    ("first_order", _first_order, _fake_first_order),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     register_fake(f"fastcl::{_name}", _fake)
@@ -245,8 +264,16 @@ register_fake("fastcl::one_positive", _fake_one_positive)
 register_fake("fastcl::sup_con", _fake_sup_con)
 
 
-def _register_autograd(name: str, save: Callable[..., None], gradient: Callable[..., Any]) -> Any:
-    """As torch.library.register_autograd, at a third of its cost per call: it matters for small batches."""
+def _register_autograd(
+    name: str,
+    save: Callable[..., None],
+    gradient: Callable[..., Any],
+    adapted: Callable[[tuple[Any, ...]], tuple[Any, ...]] = tuple,
+) -> Any:
+    """As torch.library.register_autograd, at a third of its cost per call: it matters for small batches.
+
+    ``adapted``: the arguments for what needs a gradient now, which an exported graph did not know.
+    """
     op = getattr(torch.ops.fastcl, name).default
 
     class Function(torch.autograd.Function):
@@ -265,9 +292,10 @@ def _register_autograd(name: str, save: Callable[..., None], gradient: Callable[
             return gradient(ctx, *grads)
 
     def kernel(*args: Any) -> tuple[Tensor, ...]:
+        refuse_tangents(name, args)
         outputs: tuple[Tensor, ...]
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            outputs = Function.apply(*args)  # type: ignore[no-untyped-call]
+            outputs = Function.apply(*adapted(args))  # type: ignore[no-untyped-call]
             return outputs
         with torch._C._AutoDispatchBelowAutograd():
             outputs = op(*args)
@@ -277,12 +305,28 @@ def _register_autograd(name: str, save: Callable[..., None], gradient: Callable[
     return Function
 
 
-_register_autograd("stats_forward", gradients.save_stats, gradients.stats_gradient)
+def _adapted_stats(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    *arguments, weighted_keys, backend = args
+    return *arguments, weighted_keys and not _needs(args[1:5]), backend
+
+
+def _adapted_one_positive(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return *args[:-1], args[-1] | _needs(args[:4])
+
+
+def _adapted_sup_con(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return *args[:-1], args[-1] | _needs(args[:3])
+
+
+_register_autograd("stats_forward", gradients.save_stats, gradients.stats_gradient, _adapted_stats)
 _WHOLE_LOSS_FUNCTIONS = {
-    name: _register_autograd(name, save, gradient)
-    for name, save, gradient in (
-        *((name, gradients.save_one_positive, gradients.one_positive_gradient) for name in _ONE_POSITIVE),
-        ("sup_con", gradients.save_sup_con, gradients.sup_con_gradient),
+    name: _register_autograd(name, save, gradient, adapted)
+    for name, save, gradient, adapted in (
+        *(
+            (name, gradients.save_one_positive, gradients.one_positive_gradient, _adapted_one_positive)
+            for name in _ONE_POSITIVE
+        ),
+        ("sup_con", gradients.save_sup_con, gradients.sup_con_gradient, _adapted_sup_con),
     )
 }
 _register_autograd("mochi", gradients.save_mochi, gradients.mochi_gradient)

@@ -31,6 +31,10 @@ class Problem(NamedTuple):
     normalize: bool
     columns: bool
     symmetric: bool
+    precision: int  # of float32 products, as matmul_precision_level: of the backward pass too
+
+
+PROBLEM_TENSORS = Problem._fields.index("normalize")  # before the flags
 
 
 class TopK(NamedTuple):

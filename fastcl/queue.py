@@ -58,11 +58,12 @@ class NegativeQueue(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if dtype not in _DTYPES:
             raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-        keys = nn.functional.normalize(torch.randn(size, dim, device=device), dim=1)
-        self.register_buffer("keys", keys.to(dtype))
-        ids = torch.full((size,), -1, dtype=torch.int64, device=device) if with_ids else None
-        self.register_buffer("ids", ids)
-        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64, device=device))
+        with torch.inference_mode(False):  # autograd takes no tensors made under it, and training may follow
+            keys = nn.functional.normalize(torch.randn(size, dim, device=device), dim=1)
+            self.register_buffer("keys", keys.to(dtype))
+            ids = torch.full((size,), -1, dtype=torch.int64, device=device) if with_ids else None
+            self.register_buffer("ids", ids)
+            self.register_buffer("pointer", torch.zeros((), dtype=torch.int64, device=device))
 
     @property
     def size(self) -> int:

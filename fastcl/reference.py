@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcl.numerics import masked_logsumexp, row_dot, softplus, unit_rows
+from fastcl.numerics import masked_logsumexp, row_dot, softplus, unit_rows, without_autocast
 from fastcl.problem import Mochi, Problem, TopK
 
 
@@ -17,7 +17,7 @@ def pair_masks(problem: Problem, rows: slice = slice(None)) -> tuple[Tensor, Ten
     shape = (problem.query[rows].shape[0], problem.key.shape[0])
     included = torch.ones(shape, dtype=torch.bool, device=problem.query.device)
     if problem.exclude_query is not None and problem.exclude_key is not None:
-        included &= problem.exclude_query[rows, None] != problem.exclude_key[None, :]
+        included = problem.exclude_query[rows, None] != problem.exclude_key[None, :]
     if problem.positive_query is None or problem.positive_key is None:
         return included, torch.zeros_like(included)
     if problem.positive_table is not None:
@@ -39,7 +39,7 @@ def logits(problem: Problem) -> Tensor:
 
 def stats(problem: Problem) -> tuple[Tensor, Tensor]:
     """Row statistics (5, N) and column statistics (5, M), or (5, 0) if not asked for."""
-    with torch.autocast(problem.query.device.type, enabled=False):
+    with without_autocast(problem.query.device):
         pair_logits = logits(problem)
         negative, positive = pair_masks(problem)
         rows = _pack(pair_logits, negative, positive)
@@ -65,7 +65,8 @@ def _pack(pair_logits: Tensor, negative: Tensor, positive: Tensor) -> Tensor:
 
 def topk(args: TopK) -> tuple[Tensor, Tensor]:
     """The k most similar keys of each query, ties to the lower index, padded with -inf and -1."""
-    similarity = unit_rows(args.query, args.normalize) @ unit_rows(args.key, args.normalize).T
+    with without_autocast(args.query.device):
+        similarity = unit_rows(args.query, args.normalize) @ unit_rows(args.key, args.normalize).T
     if args.exclude_query is not None and args.exclude_key is not None:
         excluded = args.exclude_query[:, None] == args.exclude_key[None, :]
         similarity = similarity.masked_fill(excluded, -torch.inf)
@@ -77,7 +78,7 @@ def topk(args: TopK) -> tuple[Tensor, Tensor]:
 
 def mochi(args: Mochi) -> Tensor:
     """MoCHi's losses (N,), with every synthetic negative formed."""
-    with torch.autocast(args.query.device.type, enabled=False):
+    with without_autocast(args.query.device):
         query, positive = unit_rows(args.query), unit_rows(args.positive)
         keys, scale = args.keys.to(query.dtype), args.scale.to(query.dtype)
         _, order = topk(TopK(query.detach(), keys, args.n_hard, None, None, False))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+from fastcl.numerics import INTEGER_DTYPES
 
 Ids = tuple[Tensor, Tensor]
 
@@ -59,7 +59,7 @@ class PairRule:
 
 def check_ids(name: str, ids: Tensor, rows: Tensor | None = None) -> Tensor:
     """``ids`` as contiguous int64; checks dtype and, against ``rows`` (N, D), length and device."""
-    if not isinstance(ids, Tensor) or ids.dtype not in _INTEGER_DTYPES:
+    if not isinstance(ids, Tensor) or ids.dtype not in INTEGER_DTYPES:
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"{name} must be an integer tensor, got {got}")
     if ids.dim() != 1:

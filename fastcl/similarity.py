@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastcl import dispatch, ops
-from fastcl.checks import check_matrix, check_same, check_vector, scalar
+from fastcl.checks import check_matrix, check_same, check_vector, in_one_dtype, scalar
+from fastcl.numerics import matmul_precision_level
 from fastcl.problem import Problem, TopK
 from fastcl.rules import PairRule
 from fastcl.stats import SimilarityStats, from_packed
@@ -35,7 +36,7 @@ def similarity_stats(
     Args:
         query: (N, D), float64, float32, float16 or bfloat16.
         key: (M, D), same dtype.
-        scale: a finite number, or a 0-d floating tensor.
+        scale: a finite number, or a tensor of one element.
         rule: which pairs are excluded, positive and negative; by default all are negative.
         normalize: divide rows by their L2 norm first (a zero row stays zero).
         key_bias: (M,), added to the logits of each key.
@@ -47,13 +48,15 @@ def similarity_stats(
         :class:`SimilarityStats` of shape (N,), float64 for float64 inputs, else float32.
 
     Raises:
-        TypeError: dtypes that are not floating, or differ.
+        TypeError: dtypes that are not floating, or differ outside autocast.
         ValueError: shapes or devices that do not fit; a scale that is not finite.
         RuntimeError: a backend asked for by name that cannot serve the call.
     """
     check_matrix("query", query)
     check_matrix("key", key)
     check_same("key", key, "query", query)
+    if key.dtype != query.dtype:
+        query, key = in_one_dtype(query, key)
     for name, vector in (("key_bias", key_bias), ("key_scale", key_scale)):
         if vector is not None:
             check_vector(name, vector, key)
@@ -74,6 +77,7 @@ def similarity_stats(
         normalize,
         columns and not symmetric,
         symmetric,
+        matmul_precision_level(),
     )
     return problem_stats(problem, columns, backend)
 
@@ -131,6 +135,8 @@ def similarity_topk(
     check_matrix("query", query)
     check_matrix("key", key)
     check_same("key", key, "query", query)
+    if key.dtype != query.dtype:
+        query, key = in_one_dtype(query, key)
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k must be an int, got {type(k).__name__}")
     if k < 1:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastcl.numerics import logaddexp, softplus
+from fastcl.numerics import logaddexp, matmul_precision_level, softplus
 from fastcl.problem import Problem
 
 
@@ -45,6 +45,7 @@ class SupCon(NamedTuple):
             normalize=self.normalize,
             columns=False,
             symmetric=self.key is None and self.positive_table is None,
+            precision=matmul_precision_level(),
         )
 
     def losses(self, lse_neg: Tensor, lse_pos: Tensor, pos_sum: Tensor, pos_count: Tensor) -> Tensor:
@@ -53,5 +54,6 @@ class SupCon(NamedTuple):
         if self.variant == "out":
             losses = logaddexp(lse_neg, lse_pos) - pos_sum / count
         else:
+            lse_pos = lse_pos.masked_fill(pos_count == 0, 0.0)  # two infinities would differ by NaN
             losses = softplus(lse_neg - lse_pos) + count.log()
         return torch.where(pos_count > 0, losses, 0.0)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +16,8 @@ from torch import Tensor
 from fastcl.kernels import tiles
 from fastcl.kernels.device import attend, gradient, rows, statistics
 from fastcl.kernels.device.tile import Partials, Side, Stored
-from fastcl.numerics import LOG2E, float32_matmul_precision
+from fastcl.numerics import LOG2E, matmul_precision_level
+from fastcl.problem import Problem
 
 INTERPRETED = triton.knobs.runtime.interpret
 # enough programs to fill any GPU of today; fixed, so that results depend on shapes only
@@ -21,6 +25,24 @@ _PROGRAMS = 256
 _COLUMN_PARTIALS_BYTES = 256 << 20
 
 _DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+# of float32 products, where a call says it: a backward pass keeps to its forward pass
+_precision: ContextVar[int | None] = ContextVar("precision", default=None)
+
+
+def at_its_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` of a problem, with products formed as the problem says."""
+
+    @functools.wraps(function)
+    def call(problem: Problem, *args: Any) -> Any:
+        token = _precision.set(problem.precision)
+        try:
+            return function(problem, *args)
+        finally:
+            _precision.reset(token)
+
+    return call
 
 
 class UnitRows(NamedTuple):
@@ -138,7 +160,10 @@ def input_precision(device: torch.device) -> str:
     """How float32 products are formed on the device."""
     if torch.version.hip is not None or device.type != "cuda":
         return "ieee"
-    return "tf32x3" if float32_matmul_precision() == "highest" else "tf32"
+    level = _precision.get()
+    if level is None:
+        level = matmul_precision_level()
+    return "tf32x3" if level == 0 else "tf32"
 
 
 class Plan(NamedTuple):

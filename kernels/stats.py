@@ -57,6 +57,7 @@ class _Sides:
         return Prepared(query, key, column(self.query_rows), column(self.key_rows))
 
 
+@launch.at_its_precision
 def stats_forward(problem: Problem, weighted_keys: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As :func:`fastcl.chunked.stats_forward`."""
     sides = _Sides(problem)
@@ -82,6 +83,7 @@ def stats_forward(problem: Problem, weighted_keys: bool) -> tuple[Tensor, Tensor
     return *launch.merge(partials), columns, column_state, weighted
 
 
+@launch.at_its_precision
 def stats_backward(
     problem: Problem,
     grad_rows: Tensor,

@@ -71,34 +71,37 @@ def test_shapes_that_do_not_fit(call, said):
     assert all(str(word) in str(caught.value) for word in said), caught.value
 
 
-ONE_D = torch.ones(1)
+ONE_D = torch.ones(3)
 VALUE_ERRORS = {
     info_nce(Z, Z, negative_mode="both"): ("negative_mode", "both"),
     info_nce(Z, Z, query_ids=IDS): ("query_ids",),
     sup_con(Z, IDS, torch.ones(4, 4)): ("labels", "mask"),
-    sup_con(Z, contrast_mode="two"): ("contrast_mode", "two"),
-    sup_con(Z, variant="over"): ("variant", "over"),
-    sup_con(Z, base_temperature=0.0): ("base_temperature", "0.0"),
+    sup_con(Z): ("features", "(4, 3)", "labels"),
+    info_nce(Z, Z, temperature=torch.ones(4)): ("temperature", "(4,)", "(4, 1)", "info-nce-pytorch"),
+    nt_xent(Z, Z, torch.ones(4, 1)): ("temperature", "(4, 1)"),
+    sup_con(Z, IDS, contrast_mode="two"): ("contrast_mode", "two"),
+    sup_con(Z, IDS, variant="over"): ("variant", "over"),
+    sup_con(Z, IDS, base_temperature=0.0): ("base_temperature", "0.0"),
     sup_con(Z, mask=torch.full((4, 4), 0.5)): ("mask",),
     stats(Z, Z, scale=math.inf): ("scale", "inf"),
-    stats(Z, Z, scale=ONE_D): ("scale", "(1,)"),
+    stats(Z, Z, scale=ONE_D): ("scale", "(3,)"),
     stats(Z, Z, backend="gpu"): ("backend", "gpu"),
     topk(Z, Z, 0): ("k", "0"),
     topk(Z, Z, -3): ("k", "-3"),
     topk(Z, Z, 1, backend="gpu"): ("backend", "gpu"),
     clip_loss(Z, Z, math.nan): ("logit_scale", "nan"),
-    clip_loss(Z, Z, ONE_D): ("logit_scale", "(1,)"),
+    clip_loss(Z, Z, ONE_D): ("logit_scale", "(3,)"),
     pair(fastcl.use_backend)("gpu"): ("backend", "gpu"),
 }
 for _name in ("info_nce", "nt_xent", "clip_loss"):
     _arguments = (Z, Z, 1.0) if _name == "clip_loss" else (Z, Z)
     VALUE_ERRORS[pair(getattr(fastcl, _name))(*_arguments, reduction="max")] = ("reduction", "max")
-VALUE_ERRORS[sup_con(Z, reduction="max")] = ("reduction", "max")
+VALUE_ERRORS[sup_con(Z, IDS, reduction="max")] = ("reduction", "max")
 for _bad in (0, 0.0, math.nan, math.inf, -math.inf, ONE_D, torch.ones(2, 2)):
     _said = ("temperature", str(tuple(_bad.shape)) if isinstance(_bad, torch.Tensor) else str(_bad))
     VALUE_ERRORS[info_nce(Z, Z, temperature=_bad)] = _said
     VALUE_ERRORS[nt_xent(Z, Z, _bad)] = _said
-    VALUE_ERRORS[sup_con(Z, temperature=_bad)] = _said
+    VALUE_ERRORS[sup_con(Z, IDS, temperature=_bad)] = _said
 
 TYPE_ERRORS = {
     info_nce(IDS[:, None], IDS[:, None]): ("query", "int64"),
@@ -106,7 +109,7 @@ TYPE_ERRORS = {
     info_nce(Z, Z.double()): ("positive_key", "float32", "float64"),
     info_nce(Z, Z, W.half()): ("negative_keys", "float32", "float16"),
     info_nce(Z, Z, temperature="cold"): ("temperature", "str"),
-    info_nce(Z, Z, temperature=torch.tensor(1)): ("temperature", "int64"),
+    info_nce(Z, Z, temperature=torch.tensor(True)): ("temperature", "bool"),
     nt_xent(Z, Z.bfloat16()): ("z2", "float32", "bfloat16"),
     nt_xent(Z.long(), Z.long()): ("z1", "int64"),
     nt_xent(Z, Z, True): ("temperature", "bool"),

@@ -56,7 +56,7 @@ def problem(
     extra = [torch.rand(len(key), dtype=dtype, requires_grad=True) if extras else None for _ in range(2)]
     positive = (query_labels, key_labels) if labels else (None, None)
     return Problem(
-        query, key, scale, *extra, *positive, None, query_ids, key_ids, normalize, columns, symmetric
+        query, key, scale, *extra, *positive, None, query_ids, key_ids, normalize, columns, symmetric, 0
     )
 
 

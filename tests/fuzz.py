@@ -184,6 +184,8 @@ def _compare(name, got, exact, base, floor, compute):
         return []
     info = torch.finfo(got.dtype)
     fits = exact.abs() < info.max / 2
+    if got.dtype == torch.float16:  # a gradient of two parts may fit where one of them does not
+        fits &= base.isfinite() & (base.abs() < info.max / 2)
     unasked = got.isnan() & ~exact.isnan() & (fits | exact.isinf())
     if unasked.any():
         return [f"{name}: NaN where {exact[unasked][0]:.3g} is expected"]

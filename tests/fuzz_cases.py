@@ -183,7 +183,7 @@ def _queue(case, maker, size):
     dtype = maker.source.pick.choice((torch.float32, torch.float16, torch.bfloat16))
     keys = oracle.unit(keys).to(dtype)
     queue = NegativeQueue(size, maker.width, dtype=dtype, with_ids=True)
-    queue.keys, queue.ids = maker.source.layout(keys), _ids(maker.source, size)
+    queue.keys, queue.ids = maker.source.layout(keys), maker.source.layout(_ids(maker.source, size).long())
     case.options["queue"] = queue
 
 

@@ -15,6 +15,7 @@ pytest.importorskip("pytorch_metric_learning")
 from bench import picture, report
 from bench.agreement import assert_agreement
 from bench.cases import CASES, FASTCL, LOSSES, PLAIN, PYPI, Case, step
+from bench.grid import CELLS, failed
 from bench.memory import peak_bytes
 from bench.timing import Paired, paired
 
@@ -60,6 +61,22 @@ def test_paired_takes_the_median_of_the_ratios() -> None:
     assert result.ratio == pytest.approx(3)
     assert result.ratio_quartiles == pytest.approx((2, 3.5))
     assert result.ratio_of_minima == pytest.approx(3)
+
+
+_TINY = [
+    c for c in CELLS if c.name.startswith(("similarity_topk-8x", "similarity_stats-rule-8x", "mochi-8x"))
+]
+
+
+@pytest.mark.parametrize("cell", _TINY, ids=lambda cell: cell.name)
+def test_cells_of_the_grid_run(cell) -> None:
+    assert 1 <= len(cell.measured(seconds=0.0)) <= 3
+
+
+def test_a_cell_fails_in_two_runs_of_three() -> None:
+    slow, fast = Paired.of([0.4, 0.4, 0.4], [0.5, 0.5, 0.5]), Paired.of([0.4, 0.4, 0.4], [0.4, 0.4, 0.4])
+    assert len(CELLS) == 80
+    assert [failed(runs) for runs in ([fast], [slow, fast, fast], [slow, fast, slow])] == [False, False, True]
 
 
 def test_paired_takes_turns() -> None:

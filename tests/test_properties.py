@@ -1,5 +1,7 @@
 """Random shapes, dtypes, rules, layouts and options: every backend agrees with the whole matrix."""
 
+import fuzz
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -125,3 +127,31 @@ def test_the_order_of_rows_does_not_matter(backend, shape, seed):
             for a, b in ((z1[order], z2[order]), (z1, z2))
         )
         torch.testing.assert_close(got[: len(z1)], exact[: len(z1)][order])
+
+
+REDUCED = ("info_nce", "info_nce-negatives", "nt_xent", "clip_loss", "sup_con", "sup_con-in")
+
+
+@quick
+@given(name=st.sampled_from(REDUCED), shape=shapes, seed=seeds, temperature=st.floats(0.05, 2.0))
+def test_forward_mode_is_reverse_mode(backend, name, shape, seed, temperature):
+    loss = LOSSES[name]
+    inputs = tuple(loss.inputs(testing.make_case("random", shape, seed)))
+    tangents = tuple(torch.randn(x.shape, generator=testing.generator(seed), dtype=x.dtype) for x in inputs)
+
+    def call(*tensors):
+        return loss.product(*tensors, loss.factor(temperature), reduction="mean")
+
+    _, forward = torch.func.jvp(call, inputs, tangents)
+    _, grads = testing.value_and_grads(call, inputs)
+    reverse = sum((g * t).sum() for g, t in zip(grads, tangents, strict=True))
+    torch.testing.assert_close(forward, reverse)
+
+
+@pytest.mark.skipif(not testing.IN_FLOAT64, reason="the cases come in float64 too")
+@quick
+@given(seed=seeds)
+def test_random_calls_in_every_layout_and_magnitude(seed):
+    """As tests/fuzz.py makes them: all arguments, ids, draws and queues; rows of 1e-20 to 1e20, wide ones."""
+    found, _ = fuzz.run(seed, range(3), testing.backends())
+    assert not found, found

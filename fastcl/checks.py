@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastcl.compiled import anchored
 from fastcl.numerics import FLOAT_DTYPES, INTEGER_DTYPES
 
 
@@ -127,7 +128,7 @@ def _beside(name: str, value: Tensor, like: Tensor, per_row: bool = False) -> Te
         if value.numel() != 1:
             raise ValueError(_wrong_shape(name, value, like, per_row))
         value = value.reshape(())
-    return value.to(device=like.device, dtype=_scalar_dtype(like), non_blocking=True)
+    return anchored(value).to(device=like.device, dtype=_scalar_dtype(like), non_blocking=True)
 
 
 def _wrong_shape(name: str, value: Tensor, like: Tensor, per_row: bool) -> str:

@@ -18,6 +18,7 @@ from fastcl.checks import (
     inverse_scalar,
     scalar,
 )
+from fastcl.compiled import anchored
 from fastcl.numerics import (
     compute_dtype,
     inverse_norms,
@@ -259,7 +260,9 @@ def sup_con(
     if base_temperature is not None and not base_temperature > 0:
         raise ValueError(f"base_temperature must be positive, got {base_temperature}")
     scale = inverse_scalar("temperature", temperature, features)
-    args = _sup_con_arguments(features, labels, mask, scale, contrast_mode, variant, normalize, reduction)
+    args = _sup_con_arguments(
+        anchored(features), labels, mask, scale, contrast_mode, variant, normalize, reduction
+    )
     loss = _sup_con(args, group, ring, labelled=labels is not None)
     if base_temperature is not None:
         loss = loss * (scale * base_temperature).reciprocal().to(loss.dtype)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastcl.compiled import anchored
 from fastcl.numerics import compute_dtype, matmul_precision_level, reduce, row_dot, softplus, unit_rows
 from fastcl.problem import Problem
 
@@ -38,7 +39,7 @@ class OnePositive(NamedTuple):
     def in_compute_dtype(self) -> OnePositive:
         """Query and positive converted once: both enter twice, and their gradients should round once."""
         dtype = compute_dtype(self.query.dtype)
-        return self._replace(query=self.query.to(dtype), positive=self.positive.to(dtype))
+        return self._replace(query=anchored(self.query).to(dtype), positive=anchored(self.positive).to(dtype))
 
     def with_scaled_rows(self) -> OnePositive:
         """The same loss with the rows' own scales in the queries."""

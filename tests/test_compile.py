@@ -59,6 +59,10 @@ def test_second_derivatives_of_a_compiled_loss_are_refused(loss, reduction, back
     right_or_refused(call, inputs, range(len(inputs)))
     torch._dynamo.reset()
     right_or_refused(call, inputs, [0])
+    torch._dynamo.reset()
+    right_or_refused(call, inputs, [len(inputs) - 1])  # the factor
+    torch._dynamo.reset()
+    right_or_refused(call, [*(x.bfloat16() for x in inputs[:-1]), inputs[-1]], [0])
 
 
 @pytest.mark.parametrize("wanted", [[0], [0, 1]], ids=["frozen keys", "all"])

@@ -259,8 +259,31 @@ def _check_frozen_keys(group):
         torch.testing.assert_close(leaf.grad, exact_query.grad[own] * group.size())
 
 
+def _check_a_temperature_per_row(group):
+    counts = COUNTS[group.size()][0]
+    (query, key), _ = whole_batch(sum(counts), 2, torch.float64)
+    temperature = torch.linspace(0.1, 1.0, len(query), dtype=torch.float64)[:, None]
+    own = own_rows(counts, group.rank())
+    whole = [x.clone().requires_grad_() for x in (query, key, temperature)]
+    exact = fastcl.info_nce(*whole[:2], None, whole[2])
+    exact.backward()
+    queue = fastcl.info_nce(query, key, QUEUE, temperature)
+    for ring in (False, True):
+        leaves = [x[own].clone().requires_grad_() for x in (query, key, temperature)]
+        got = fastcl.info_nce(*leaves[:2], None, leaves[2], group=group, ring=ring)
+        got.backward()
+        torch.testing.assert_close(got, exact)
+        for x, y in zip(leaves, whole, strict=True):
+            torch.testing.assert_close(x.grad, y.grad[own] * group.size())
+        own_queue = fastcl.info_nce(query[own], key[own], QUEUE, temperature[own], group=group, ring=ring)
+        torch.testing.assert_close(own_queue, queue)
+
+
 def _check_errors(group):
     x = torch.randn(4, 3, requires_grad=True)
+    for transformed in (torch.func.grad, lambda f: lambda z: torch.func.jvp(f, (z,), (z,)), torch.func.vmap):
+        with pytest.raises(RuntimeError, match=r"group=.*torch\.func"):
+            transformed(lambda z: fastcl.nt_xent(x.detach(), x.detach() + z.sum(), group=group))(x.detach())
     wide = torch.randn(4, 3 + group.rank())
     for ring in (False, True):
         loss = fastcl.nt_xent(x, x, group=group, ring=ring)
@@ -289,6 +312,7 @@ def test_other_backends_dtypes_and_groups_memory_and_errors(tmp_path):
         _check_other_backends_dtypes_and_groups,
         _check_the_ring_saves_one_shard,
         _check_frozen_keys,
+        _check_a_temperature_per_row,
         _check_errors,
     )
     on_every_rank(checks, 3, tmp_path)
@@ -300,7 +324,7 @@ def test_a_ring_needs_a_group():
         fastcl.nt_xent,
         fastcl.info_nce,
         partial(fastcl.clip_loss, logit_scale=1.0),
-        lambda a, b, **options: fastcl.sup_con(a, **options),
+        lambda a, b, **options: fastcl.sup_con(a, torch.arange(4), **options),
     ):
         with pytest.raises(ValueError, match=r"ring=True.*group=None"):
             loss(x, x, ring=True)

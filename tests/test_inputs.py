@@ -9,8 +9,7 @@ from loss_table import LOSSES
 from test_transforms import mochi_case
 
 import fastcl
-from fastcl import testing
-from fastcl.numerics import matmul_precision_level
+from fastcl import cpu, testing
 
 pytestmark = pytest.mark.skipif(not testing.IN_FLOAT64, reason="formulas are compared in float64")
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
@@ -169,28 +168,44 @@ def test_a_queue_of_inference_mode_serves_training(backend):
     assert query.grad.any()
 
 
-@pytest.mark.parametrize("change", [("highest", "medium"), ("medium", "highest")], ids=str)
-@pytest.mark.parametrize("frozen", [False, True])
-def test_the_forward_pass_decides_the_precision(change, frozen, backend):
-    """A backward pass that rounded the logits in another way would not be its derivative."""
-    generator = torch.Generator().manual_seed(70)
-    x, y = (torch.randn(64, 128, generator=generator, requires_grad=not frozen or i == 0) for i in range(2))
-    labels = torch.arange(64) % 5
-    calls = {
-        "statistics": lambda: fastcl.similarity_stats(x, y, normalize=True, scale=5.0, columns=True).lse_neg,
-        "none": lambda: fastcl.info_nce(x, y, reduction="none"),
-        "sup_con": lambda: fastcl.sup_con(torch.stack([x, y], 1), labels),
-    }
+class Recorder:
+    """The native ops, and the precision of products that each call asked for."""
 
-    def gradient(call, backward):
-        torch.set_float32_matmul_precision(change[0])
+    def __init__(self):
+        self.asked = []
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.asked.append((name, arguments[11]))
+            return getattr(torch.ops.fastcl_native, name)(*arguments)
+
+        return call
+
+
+@pytest.mark.parametrize(("forward", "backward"), [("highest", "medium"), ("medium", "highest")])
+@pytest.mark.skipif("cpu" not in testing.backends(), reason="of the native extension")
+def test_the_forward_pass_decides_the_precision(forward, backward, monkeypatch):
+    """A backward pass that rounded the logits in another way would not be its derivative."""
+    x, y = (torch.randn(64, 128, requires_grad=True) for _ in range(2))
+    calls = (
+        lambda: fastcl.similarity_stats(x, y, normalize=True, scale=5.0, columns=True).lse_neg,
+        lambda: fastcl.info_nce(x, y, reduction="none"),
+        lambda: fastcl.sup_con(torch.stack([x, y], 1), torch.arange(64) % 5),
+    )
+
+    def gradient(call, precision):
+        recorder = Recorder()
+        monkeypatch.setattr(cpu, "_native", recorder)
+        torch.set_float32_matmul_precision(forward)
         try:
             loss = call().sum()
-            torch.set_float32_matmul_precision(backward)
-            return torch.autograd.grad(loss, x)[0]
+            torch.set_float32_matmul_precision(precision)
+            return torch.autograd.grad(loss, x)[0], recorder.asked
         finally:
             torch.set_float32_matmul_precision("highest")
 
-    for call in calls.values():
-        assert torch.equal(gradient(call, change[1]), gradient(call, change[0]))
-    assert matmul_precision_level() == 0
+    for call in calls:
+        got, asked = gradient(call, backward)
+        assert [name for name, _ in asked] == ["stats_forward", "stats_backward"]
+        assert {level for _, level in asked} == {0 if forward == "highest" else 2}
+        assert torch.equal(got, gradient(call, forward)[0])

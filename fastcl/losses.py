@@ -357,7 +357,8 @@ def _queue_info_nce(
     if query_ids is not None:
         if queue.ids is None:
             raise ValueError("query_ids was given, but the queue was made without with_ids=True")
-        query_ids, negative_ids = check_ids("query_ids", query_ids, query), queue.ids
+        query_ids = check_ids("query_ids", query_ids, query)
+        negative_ids = check_ids("negative_keys.ids", queue.ids, queue.keys)
     return _one_positive(
         OnePositive(
             query, positive, queue.keys, scale, query_ids, negative_ids, NEGATIVES, True, False, reduction

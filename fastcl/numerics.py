@@ -95,7 +95,7 @@ def unit_rows(x: Tensor, normalize: bool = True) -> Tensor:
     if x.dtype == torch.float32 and x.shape[-1]:
         # a power of two, which a unit row does not depend on, keeps products in the derivatives finite
         largest = x.detach().abs().amax(dim=-1, keepdim=True)
-        x = x * torch.where(largest > 2.0**50, 2.0**-100, 1.0)
+        x = x * torch.where(largest > 2.0**50, 2.0**-64, 1.0)
     return x * inverse_norms(x)
 
 

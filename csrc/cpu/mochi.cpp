@@ -162,8 +162,8 @@ void mochi(const Mochi<T>& args, const MochiResult<T>& result) {
       T max = *queue.max, total = queue.total();
       mixer.add(i, query.row(i), similarity.get() + i * args.n_hard, index.get() + i * args.n_hard,
                 problem.scale2, &max, &total);
-      const T positive_logit = static_cast<T>(args.scale * k.dot(query.row(i), positive.row(i), stride));
-      const SoftPlus<T> loss = softplus(log_sum_exp(max, total) - positive_logit);
+      const T positive_logit2 = problem.scale2 * k.dot(query.row(i), positive.row(i), stride);
+      const SoftPlus<T> loss = softplus(log_sum_exp(max, total, positive_logit2));
       result.loss[i] = loss.value;
       if (result.query || result.scale) {
         std::fill_n(sum, stride, T(0));

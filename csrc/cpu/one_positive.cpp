@@ -97,7 +97,7 @@ class Loss {
   // Adds one direction's loss of row i, weighted, and returns the gradient of its lse_neg.
   T add_loss(int64_t i, T max, T sum, T weight) {
     const T similarity = kernels<T>().dot(query_.row(i), positive_row(i), query_.stride);
-    const SoftPlus<T> loss = softplus(log_sum_exp(max, sum) - static_cast<T>(args_.scale * similarity));
+    const SoftPlus<T> loss = softplus(log_sum_exp(max, sum, problem_.scale2 * similarity));
     losses_[i] += weight * loss.value;
     const T gradient = loss.slope * weight * incoming_;
     pull_[i] += gradient;

@@ -128,11 +128,11 @@ State<T> make_state(int64_t count);
 template <class T>
 void merge_state(const State<T>& into, const State<T>& other, int64_t begin, int64_t end);
 
-// Natural log-sum-exp of a state entry; -inf when empty.
+// Natural log-sum-exp of a state entry, less a logit in log2 units; -inf when empty.
 template <class T>
-T log_sum_exp(T max, T sum) {
+T log_sum_exp(T max, T sum, T less = 0) {
   if (is_empty(max) && !std::isnan(sum)) return -INFINITY;
-  return static_cast<T>((max + std::log2(sum)) * static_cast<T>(kLn2));
+  return static_cast<T>((max - less + std::log2(sum)) * static_cast<T>(kLn2));
 }
 
 // Factor of a weight: gradient over sum, 0 for an empty set, NaN where the sum is.

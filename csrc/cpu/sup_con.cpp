@@ -15,12 +15,19 @@ struct RowLoss {
   T value = 0, negative = 0, positive = 0, constant = 0;
 };
 
+// From max and sum of the negatives and the positives, of which there are `count`. Differences of logits are
+// taken before anything is added to them: logits may be large.
 template <class T>
-RowLoss<T> loss_of_row(bool log_of_mean, T lse_neg, T lse_pos, T mean_positive, T count) {
+RowLoss<T> loss_of_row(bool log_of_mean, T negative_max, T negative_sum, T positive_max, T positive_sum,
+                       T mean_positive2, T count) {
+  constexpr T ln2 = static_cast<T>(kLn2);
   if (count == 0) return {};
-  const SoftPlus<T> miss = softplus(lse_neg - lse_pos);  // -log of the positives' share
+  const T positives = std::log2(positive_sum);
+  const SoftPlus<T> miss =  // -log of the positives' share
+      softplus(log_sum_exp(negative_max, negative_sum, positive_max) - positives * ln2);
   if (log_of_mean) return {miss.value + std::log(count), miss.slope, -miss.slope, 0};
-  return {miss.value + (lse_pos - mean_positive), miss.slope, 1 - miss.slope, -1 / count};
+  return {miss.value + ((positive_max - mean_positive2) + positives) * ln2, miss.slope, 1 - miss.slope,
+          -1 / count};
 }
 
 template <class T>
@@ -88,9 +95,8 @@ class SupConLoss {
       const T negative_sum = negative.total(), positive_sum = positive.total();
       const PositiveSums<T> positives = state.positive_sums(i);
       const T count = *positives.count;
-      const RowLoss<T> loss = loss_of_row(args_.log_of_mean, log_sum_exp(*negative.max, negative_sum),
-                                          log_sum_exp(*positive.max, positive_sum),
-                                          positives.sum.total() * static_cast<T>(kLn2) / count, count);
+      const RowLoss<T> loss = loss_of_row(args_.log_of_mean, *negative.max, negative_sum, *positive.max,
+                                          positive_sum, positives.sum.total() / count, count);
       total += loss.value;
       weights.field(W::kNegMax)[i] = *negative.max;
       weights.field(W::kNegFactor)[i] = weight_factor(loss.negative * incoming, *negative.max, negative_sum);

@@ -4,11 +4,11 @@ namespace fastcl {
 
 namespace {
 
-// Squares of large components may be beyond the range of T.
+// Squares may be beyond the range of float where the norm is not.
 template <class T>
 T norm_of(const T* row, int64_t width) {
   const T squared = kernels<T>().dot(row, row, width);
-  if (!std::isinf(squared)) return std::sqrt(squared);
+  if (squared > T(1e-30) && !std::isinf(squared)) return std::sqrt(squared);
   double wide = 0;
   for (int64_t d = 0; d < width; d++) wide += static_cast<double>(row[d]) * row[d];
   return static_cast<T>(std::sqrt(wide));

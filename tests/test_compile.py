@@ -16,11 +16,20 @@ from fastcl import cuda, dispatch, testing
 pytestmark = pytest.mark.skipif(not testing.IN_FLOAT64, reason="formulas are compared in float64")
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 every_reduction = pytest.mark.parametrize("reduction", ["mean", "none"])
+# a whole loss by one op, and statistics with a formula on top
+STREAMING = [
+    (name, reduction)
+    for name, reduction in (("cpu", "mean"), ("chunked", "none"))
+    if name in testing.backends()
+]
+streamed = pytest.mark.parametrize(("name", "reduction"), STREAMING)
 
 
 @pytest.fixture(autouse=True)
 def _fresh():
     torch._dynamo.reset()
+    yield
+    fastcl.use_backend("auto")
 
 
 def compiled(function, **options):
@@ -50,10 +59,9 @@ def right_or_refused(function, inputs, wanted):
 
 
 @every_loss
-@every_reduction
-def test_second_derivatives_of_a_compiled_loss_are_refused(loss, reduction, backend):
-    if backend == "reference":
-        pytest.skip("plain torch: what torch does")
+@streamed
+def test_second_derivatives_of_a_compiled_loss_are_refused(loss, name, reduction):
+    fastcl.use_backend(name)
     inputs = [*tensors(loss), torch.tensor(loss.factor(0.5)).double()]
     call = partial(loss.product, reduction=reduction)
     right_or_refused(call, inputs, range(len(inputs)))
@@ -92,7 +100,7 @@ def test_second_derivatives_of_a_compiled_mochi_loss_are_refused(backend):
 
 @every_loss
 @pytest.mark.parametrize("dynamic", [True, None])
-def test_a_number_that_changes(loss, dynamic, backend):
+def test_a_number_that_changes(loss, dynamic):
     inputs = tensors(loss)
     call = compiled(partial(loss.product, reduction="mean"), dynamic=dynamic)
     for temperature in (0.1, 0.2, 0.35, 1):
@@ -167,9 +175,10 @@ class Module(torch.nn.Module):
 
 
 @every_loss
-@every_reduction
+@streamed
 @pytest.mark.parametrize("context", [torch.no_grad, contextlib.nullcontext], ids=["no_grad", "grad"])
-def test_an_exported_loss_can_be_trained(loss, reduction, context, backend):
+def test_an_exported_loss_can_be_trained(loss, name, reduction, context):
+    fastcl.use_backend(name)
     inputs = (*tensors(loss), torch.tensor(loss.factor(0.5)).double())
     with context():
         module = torch.export.export(Module(partial(loss.product, reduction=reduction)), inputs).module()

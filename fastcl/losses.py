@@ -371,8 +371,8 @@ def _paired_info_nce(
 ) -> Tensor:
     """Each row has its own negatives: their logits are D times smaller than the input, plain torch serves."""
     with without_autocast(query.device):
-        query, positive = unit_rows(query), unit_rows(positive)
-        negatives = negatives.to(compute_dtype(negatives.dtype))
+        query, positive = unit_rows(anchored(query)), unit_rows(anchored(positive))
+        negatives = anchored(negatives).to(compute_dtype(negatives.dtype))
         scale = scale.to(query.dtype)
         dots = (negatives @ query[:, :, None]).squeeze(-1)  # [N, M]
         lse_neg = (scale * dots * inverse_norms(negatives).squeeze(-1)).logsumexp(dim=1)

@@ -190,7 +190,7 @@ def test_the_forward_pass_decides_the_precision(forward, backward, monkeypatch):
     calls = (
         lambda: fastcl.similarity_stats(x, y, normalize=True, scale=5.0, columns=True).lse_neg,
         lambda: fastcl.info_nce(x, y, reduction="none"),
-        lambda: fastcl.sup_con(torch.stack([x, y], 1), torch.arange(64) % 5),
+        lambda: fastcl.sup_con(torch.stack([x, y], 1), torch.arange(64) % 5, reduction="none"),
     )
 
     def gradient(call, precision):

@@ -95,9 +95,7 @@ def stats_backward(
             dlogits = dlogits + other.T
         if query_sum is not None:
             query_sum[chunk] += dlogits @ _scaled_keys(problem, prepared)
-            if (
-                problem.symmetric
-            ):  # by the same logits as the forward pass: those of j, i are rounded otherwise
+            if problem.symmetric:  # by the logits of the forward pass: l_ji may be rounded otherwise
                 query_sum += dlogits.T @ prepared.query[chunk]
         if key_sum is not None:
             key_sum += dlogits.T @ prepared.query[chunk]

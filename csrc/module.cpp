@@ -68,7 +68,7 @@ struct OwnedProblem {
                const OptionalTensor& exclude_query, const OptionalTensor& exclude_key,
                const OptionalTensor& positive_query, const OptionalTensor& positive_key, bool symmetric,
                Precision precision) {
-    int parts = bfloat16_parts({dtype_of(x.rows), dtype_of(y.rows)}, precision);
+    int parts = scale == 0 ? 0 : bfloat16_parts({dtype_of(x.rows), dtype_of(y.rows)}, precision);
     for (const Side* side : {&x, &y})
       if (parts && !products_fit(values_of<float>(side->factor), side->rows.size(0))) parts = 0;
     if (parts) {
@@ -186,11 +186,22 @@ void write_sums(const Partials<T>& sums, const Tensor& to) {
   });
 }
 
+// sum_ij dl_ij <x_i, y_j>
+template <class T>
+double dot_of_rows(const Problem<T>& problem, const PairSums<T>& sums) {
+  double total = 0;
+  for (int64_t i = 0; i < problem.query.count; i++)
+    for (int64_t p = 0; p < sums.query.parts; p++)
+      total += kernels<T>().dot(problem.query.row(i), sums.query.row(p, i), sums.query.width);
+  return problem.symmetric ? total / 2 : total;
+}
+
 void stats_backward(Tensor x, OptionalTensor x_factor, Tensor y, OptionalTensor y_factor, double scale,
                     OptionalTensor bias2, OptionalTensor exclude_query, OptionalTensor exclude_key,
                     OptionalTensor positive_query, OptionalTensor positive_key, bool symmetric,
                     int64_t precision, bool columns, Tensor grad_rows, Tensor row_state, Tensor grad_columns,
-                    Tensor column_state, Tensor query_sums, Tensor key_sums, Tensor bias_sums) {
+                    Tensor column_state, Tensor query_sums, Tensor key_sums, Tensor bias_sums,
+                    Tensor scale_sum) {
   auto run = [&](auto zero) {
     using T = decltype(zero);
     const OwnedProblem<T> owned({x, x_factor}, {y, y_factor}, scale, bias2, exclude_query, exclude_key,
@@ -198,11 +209,14 @@ void stats_backward(Tensor x, OptionalTensor x_factor, Tensor y, OptionalTensor 
     const SideWeights<T> rows = side_weights<T>(grad_rows, row_state);
     const SideWeights<T> column_weights =
         columns ? side_weights<T>(grad_columns, column_state) : SideWeights<T>{};
-    const PairSums<T> sums = pair_sums(owned.problem, rows, column_weights,
-                                       {query_sums.numel() > 0, key_sums.numel() > 0, bias_sums.numel() > 0});
+    const PairSums<T> sums = pair_sums(
+        owned.problem, rows, column_weights,
+        {query_sums.numel() > 0, key_sums.numel() > 0, bias_sums.numel() > 0, scale_sum.numel() > 0});
     write_sums(sums.query, query_sums);
     write_sums(sums.key, key_sums);
     write_sums(sums.bias, bias_sums);
+    if (double* out = out_of<double>(scale_sum))
+      *out = sums.scale ? *sums.scale : dot_of_rows(owned.problem, sums);
   };
   is_double(x) ? run(0.0) : run(0.0f);
 }
@@ -339,7 +353,7 @@ STABLE_TORCH_LIBRARY(fastcl_native, m) {
       "bool symmetric, int precision, bool columns, Tensor grad_rows, "
       "Tensor row_state, Tensor grad_columns, Tensor column_state, Tensor(a!) query_sums, Tensor(b!) "
       "key_sums, "
-      "Tensor(c!) bias_sums) -> ()");
+      "Tensor(c!) bias_sums, Tensor(d!) scale_sum) -> ()");
   m.def(
       "topk(Tensor query, Tensor key, Tensor? exclude_query, Tensor? exclude_key, Tensor(a!) values, "
       "Tensor(b!) indices) -> ()");

@@ -213,12 +213,14 @@ def _mix(
 
 
 def _logits2(problem: Problem, prepared: Prepared, chunk: slice) -> Tensor:
-    logits = (prepared.query[chunk] * problem.scale.to(prepared.query.dtype)) @ prepared.key.T
+    factor = problem.scale * LOG2E
     if problem.key_scale is not None:
-        logits *= problem.key_scale.to(logits.dtype)
+        factor = factor * problem.key_scale.to(prepared.key.dtype)
+    logits2 = prepared.query[chunk] @ prepared.key.T
+    logits2 *= factor.to(logits2.dtype)  # not before the product, where it might overflow
     if problem.key_bias is not None:
-        logits += problem.key_bias.to(logits.dtype)
-    return logits * LOG2E
+        logits2 += problem.key_bias.to(logits2.dtype) * LOG2E
+    return logits2
 
 
 def _scaled_keys(problem: Problem, prepared: Prepared) -> Tensor:

@@ -44,6 +44,7 @@ def stats_backward(
     shapes = (prepared.query.shape, prepared.key.shape, prepared.key.shape[:1])
     wanted = wanted_pairs(problem, needs)
     sums = [prepared.query.new_empty(s if want else (0,)) for s, want in zip(shapes, wanted, strict=True)]
+    scale_sum = torch.empty((int(needs.scale),), dtype=torch.float64)
     _native.stats_backward(
         *_native_problem(problem, prepared),
         grad_rows.contiguous(),
@@ -51,8 +52,10 @@ def stats_backward(
         grad_columns.contiguous(),
         column_state.contiguous(),
         *sums,
+        scale_sum,
     )
-    pairs = PairGradients(*(x if want else None for x, want in zip(sums, wanted, strict=True)))
+    pair_sums = (x if want else None for x, want in zip(sums, wanted, strict=True))
+    pairs = PairGradients(*pair_sums, scale_sum if needs.scale else None)
     return input_gradients(problem, prepared, pairs, needs)
 
 

@@ -264,7 +264,7 @@ def sup_con(
         anchored(features), labels, mask, scale, contrast_mode, variant, normalize, reduction
     )
     loss = _sup_con(args, group, ring, labelled=labels is not None)
-    if base_temperature is not None:
+    if base_temperature is not None and (features.shape[0] or group is not None):  # the mean of no rows is NaN
         loss = loss * (scale * base_temperature).reciprocal().to(loss.dtype)
     return loss
 

@@ -82,6 +82,7 @@ class PairGradients(NamedTuple):
     query: Tensor | None  # (N, D): sum_j dl_ij * key_scale_j * y_j
     key: Tensor | None  # (M, D): sum_i dl_ij * x_i
     bias: Tensor | None  # (M,): sum_i dl_ij
+    scale: Tensor | None = None  # (1,) or (): sum_ij dl_ij * key_scale_j * <x_i, y_j>, else query's rows give it
 
 
 @dataclass(frozen=True)
@@ -128,13 +129,15 @@ def input_gradients(
     if needs.key and pairs.key is not None:
         factor = scale if problem.key_scale is None else scale * problem.key_scale.to(scale.dtype)[:, None]
         grad_key = side(problem.key, prepared.key, prepared.key_inverse, pairs.key * factor)
-    if needs.scale and pairs.query is not None:
-        total = row_dot(prepared.query, pairs.query).sum(dtype=problem.scale.dtype)
+    if needs.scale and pairs.scale is not None:
+        grad_scale = pairs.scale.reshape(()).to(problem.scale.dtype)
+    elif needs.scale and pairs.query is not None:
+        total = row_dot(prepared.query.double(), pairs.query).sum().to(problem.scale.dtype)
         grad_scale = total * 0.5 if problem.symmetric else total
     if needs.key_bias and problem.key_bias is not None and pairs.bias is not None:
         grad_bias = pairs.bias.to(problem.key_bias.dtype)
     if needs.key_scale and problem.key_scale is not None and pairs.key is not None:
-        grad_key_scale = (row_dot(prepared.key, pairs.key) * scale).to(problem.key_scale.dtype)
+        grad_key_scale = (row_dot(prepared.key.double(), pairs.key) * scale).to(problem.key_scale.dtype)
     return grad_query, grad_key, grad_scale, grad_bias, grad_key_scale
 
 

@@ -30,7 +30,9 @@ def pair_masks(problem: Problem, rows: slice = slice(None)) -> tuple[Tensor, Ten
 def logits(problem: Problem) -> Tensor:
     """The logits (N, M) in the compute dtype."""
     query = unit_rows(problem.query, problem.normalize)
-    key = unit_rows(problem.key, problem.normalize).to(query.dtype)
+    key = query  # rows used twice are converted once: their gradient rounds once
+    if problem.key is not problem.query:
+        key = unit_rows(problem.key, problem.normalize).to(query.dtype)
     similarity = problem.scale.to(query.dtype) * (query @ key.T)
     if problem.key_scale is not None:
         similarity = similarity * problem.key_scale.to(query.dtype)

@@ -74,11 +74,15 @@ def _flags(case):
         if mine.dtype != compute:
             found.append(f"output {i} is {mine.dtype}")
         found += _compare(f"output {i}", mine, wanted.detach(), theirs, value_floors[i], compute)
+    longest = 1.0
+    if case.options.get("form") == "paired" and len(case.tensors["query"]):  # logits' gradients multiply them as they are
+        longest = norms(case.tensors["negative_keys"].double()).max().clamp_min(1.0).item()
     for name in case.wanted:
         mine, theirs = got_grads[name], base_grads[name].double() * powers.get(name, 1.0)
         if mine.dtype != case.tensors[name].dtype:
             found.append(f"gradient of {name} is {mine.dtype}")
-        found += _compare(f"gradient of {name}", mine, exact_grads[name], theirs, floors[name], compute)
+        label = f"gradient of {name}"
+        found += _compare(label, mine, exact_grads[name], theirs, floors[name], compute, longest)
     return found
 
 
@@ -176,14 +180,19 @@ def _statistics_floors(case, exact, sizes):
     return values
 
 
-def _compare(name, got, exact, base, floor, compute):
-    """Errors by rows in units of ``floor``, the worst row's against plain PyTorch's worst."""
+def _compare(name, got, exact, base, floor, compute, longest=1.0):
+    """Errors by rows in units of ``floor``, the worst row's against plain PyTorch's worst.
+
+    ``longest``: the norm of the longest row by which what may underflow is multiplied.
+    """
     if got.shape != exact.shape:
         return [f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"]
     if not got.numel():
         return []
     info = torch.finfo(got.dtype)
-    fits = exact.abs() < info.max / 2
+    floor = floor.reshape(floor.shape + (1,) * (exact.dim() - floor.dim())) + torch.zeros_like(exact)
+    floor = floor.clamp_min(1e-300)
+    fits = (exact.abs() < info.max / 2) & (floor < info.max / 2)  # the sum, and what is summed
     if got.dtype == torch.float16:  # a gradient of two parts may fit where one of them does not
         fits &= base.isfinite() & (base.abs() < info.max / 2)
     unasked = got.isnan() & ~exact.isnan() & (fits | exact.isinf())
@@ -193,11 +202,9 @@ def _compare(name, got, exact, base, floor, compute):
         return [f"{name}: infinite where {exact[~got.isfinite() & fits].flatten()[0]:.3g} is expected"]
     if (exact.isinf() & (got != exact)).any():
         return [f"{name}: finite where infinity is expected"]
-    floor = floor.reshape(floor.shape + (1,) * (exact.dim() - floor.dim())) + torch.zeros_like(exact)
-    floor = floor.clamp_min(1e-300)
     fits &= exact.isfinite()
     size = (exact.abs() / floor).masked_fill(~fits, 0.0)
-    tiny = 4 * info.tiny if got.dtype != torch.float16 else 2 * info.tiny * info.eps
+    tiny = 4 * info.tiny * longest if got.dtype != torch.float16 else 2 * info.tiny * info.eps
     error = (((got.double() - exact).abs() - tiny).clamp_min(0) / floor).masked_fill(~fits, 0.0)
     known = fits & base.isfinite()
     theirs = ((base.double() - exact).abs() / floor).masked_fill(~known, 0.0).max().item()
@@ -217,7 +224,7 @@ def _topk_flags(case):
     rule = PairRule(exclude=o["exclude"])
     values, indices = fastcl.similarity_topk(query, key, o["k"], rule=rule, normalize=o["normalize"])
     q, k = (fuzz_cases.oracle.unit(x.double(), o["normalize"]) for x in (query, key))
-    table = q @ k.T
+    table = fuzz_cases.oracle.product(q, k)
     if o["exclude"] is not None:
         table = table.masked_fill(o["exclude"][0][:, None] == o["exclude"][1], -torch.inf)
     padded = torch.nn.functional.pad(table, (0, o["k"]), value=-torch.inf)

@@ -48,6 +48,11 @@ def unit(x, normalize=True):
     return (x / x.norm(dim=-1, keepdim=True).clamp_min(NORM_EPS)).masked_fill(zero, 0.0)
 
 
+def product(a, b):
+    """``a @ b.T`` by blocks of components: float64's own error must not show where float64 is tested."""
+    return sum(x @ y.T for x, y in zip(a.split(256, 1), b.split(256, 1), strict=True))
+
+
 def lse(logits, mask):
     empty = ~mask.any(dim=1)
     kept = logits.masked_fill(~mask, -torch.inf).masked_fill(empty[:, None], 0.0)
@@ -89,7 +94,7 @@ def info_nce(x, o):
     q, p = unit(x["query"]), unit(x["positive_key"])
     qn, pn = norms(q), norms(p)
     if o["form"] == "batch":
-        logits = q @ p.T * s
+        logits = product(q, p) * s
         mask = ~torch.eye(len(q), dtype=torch.bool)
         block = Block(logits, size, qn, pn, _only("query"), _only("positive_key"))
         return _one_positive(logits.diagonal(), logits, mask, o["reduction"], [block])
@@ -100,7 +105,7 @@ def info_nce(x, o):
         negative = (q[:, None] * k).sum(2) * s
     else:
         k = x["keys"] if o["form"] == "queue" else unit(x["negative_keys"])
-        negative = q @ k.T * s
+        negative = product(q, k) * s
     mask = torch.ones_like(negative, dtype=torch.bool)
     if o.get("query_ids") is not None:
         mask = o["query_ids"][:, None] != o["key_ids"]
@@ -112,7 +117,7 @@ def nt_xent(x, o):
     s = 1 / x["temperature"]
     z = unit(torch.cat([x["z1"], x["z2"]]))
     n = len(z) // 2
-    logits = z @ z.T * s
+    logits = product(z, z) * s
     rows = torch.arange(2 * n)
     other = rows.roll(n)
     mask = (rows[:, None] != rows) & (other[:, None] != rows)
@@ -127,7 +132,7 @@ def nt_xent(x, o):
 def clip_loss(x, o):
     s = x["logit_scale"]
     a, b = (unit(x[name], o["normalize"]) for name in ("image_features", "text_features"))
-    logits = a @ b.T * s
+    logits = product(a, b) * s
     mask = ~torch.eye(len(a), dtype=torch.bool)
     both = [
         torch.logaddexp(lse(table, mask) - table.diagonal(), torch.zeros_like(table.diagonal()))
@@ -146,7 +151,7 @@ def sup_con(x, o):
     samples, views, _ = f.shape
     z = unit(f.transpose(0, 1).flatten(0, 1), o["normalize"])
     count = len(z) if o["contrast_mode"] == "all" else samples
-    logits = z[:count] @ z.T * s
+    logits = product(z[:count], z) * s
     sample = torch.arange(samples).repeat(views)
     if o["mask"] is not None:
         table = o["mask"].bool()
@@ -188,7 +193,7 @@ def mochi_loss(x, o):
     """Kalantidis et al., section 3; None where rounding may decide which keys are the hardest."""
     s = 1 / x["temperature"]
     q, p, keys = unit(x["query"]), unit(x["positive_key"]), x["keys"]
-    similarity = q @ keys.T
+    similarity = product(q, keys)
     if o["order"] is None:
         o["order"] = similarity.detach().argsort(dim=1, descending=True, stable=True)
     order = o["order"]
@@ -228,7 +233,7 @@ def similarity_stats(x, o):
     q = unit(x["query"], o["normalize"])
     k = q if "key" not in x else unit(x["key"], o["normalize"])
     factor = x["scale"] * x.get("key_scale", torch.ones(len(k), dtype=torch.float64))
-    logits = (q @ k.T) * factor + x.get("key_bias", 0.0)
+    logits = product(q, k) * factor + x.get("key_bias", 0.0)
     excluded, positive = (
         torch.zeros(len(q), len(k), dtype=torch.bool) if ids is None else ids[0][:, None] == ids[1]
         for ids in (o["exclude"], o["positive"])

@@ -249,6 +249,29 @@ void pair_weights(Tile<T> tile, Tile<T> positive, const typename Kernels<T>::Pai
 }
 
 template <class T>
+void join_logits(Tile<T> to, Tile<T> tile, const T* positive) {
+  for (int64_t r = 0; r < tile.rows; r++) {
+    for (int64_t i = 0; i < vectors_of(tile) * kLanes<T>; i += kLanes<T>) {
+      const Vec<T> logit = load(tile.row(r) + i);
+      store(to.row(r) + i, positive ? maximum(logit, load(positive + r * tile.stride + i)) : logit);
+    }
+  }
+}
+
+template <class T>
+double weighted_sum(Tile<T> weight, Tile<T> logit, const T* bias) {
+  double total = 0;
+  for (int64_t r = 0; r < weight.rows; r++) {
+    const Vec<T> offset = splat(bias ? bias[r] : T(0));
+    Vec<T> sum = {};
+    for (int64_t i = 0; i < vectors_of(weight) * kLanes<T>; i += kLanes<T>)
+      sum += load(weight.row(r) + i) * (load(logit.row(r) + i) - offset);
+    total += horizontal_sum<T>(sum);
+  }
+  return total;
+}
+
+template <class T>
 void lane_quantile(Tile<T> tile, int64_t rank, T* value) {
   constexpr int kHalvings = 12;  // of the range; few enough that equal rows stay above the result
   for (int64_t offset = 0; offset < tile.lanes; offset += kLanes<T>) {
@@ -292,10 +315,10 @@ int64_t select_above(Tile<T> tile, const T* threshold, Selected<T> selected) {
 
 template <class T>
 constexpr Kernels<T> kTable = {
-    kLanes<T>,       kPanel<T>,        load_rows<T>,    dot<T>,          sum<T>,          add_scaled<T>,
-    pack_lanes<T>,   logits<T>,        add_to_lanes<T>, add_to_rows<T>,  exclude<T>,      split<T>,
-    lane_max<T>,     lane_log_sum<T>,  both_log_sum<T>, exponentiate<T>, lane_weights<T>, both_weights<T>,
-    pair_weights<T>, lane_quantile<T>, select_above<T>,
+    kLanes<T>,       kPanel<T>,       load_rows<T>,    dot<T>,           sum<T>,          add_scaled<T>,
+    pack_lanes<T>,   logits<T>,       add_to_lanes<T>, add_to_rows<T>,   exclude<T>,      split<T>,
+    lane_max<T>,     lane_log_sum<T>, both_log_sum<T>, exponentiate<T>,  lane_weights<T>, both_weights<T>,
+    pair_weights<T>, join_logits<T>,  weighted_sum<T>, lane_quantile<T>, select_above<T>,
 };
 
 }  // namespace

@@ -125,6 +125,11 @@ struct Kernels {
   };
   void (*pair_weights)(Tile<T> tile, Tile<T> positive, const PairWeight* lane, const PairWeight* row);
 
+  // to = the logits of both, each pair's being excluded in one of them; `positive` may be null
+  void (*join_logits)(Tile<T> to, Tile<T> tile, const T* positive);
+  // sum of weight * (logit - bias of the row), bias may be null; of tiles that stride alike
+  double (*weighted_sum)(Tile<T> weight, Tile<T> logit, const T* bias);
+
   // A value per lane, near its quantile, that at least `rank` of its rows lie above.
   void (*lane_quantile)(Tile<T> tile, int64_t rank, T* value);
   // Lists the pairs whose logit is above the threshold of their lane (NaN counts as above).

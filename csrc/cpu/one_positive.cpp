@@ -30,7 +30,8 @@ class Loss {
     problem_.bias2 = nullptr;
     problem_.symmetric = views;
     set_keys();
-    if constexpr (std::is_same_v<T, float>) set_bfloat16_rows();
+    if constexpr (std::is_same_v<T, float>)
+      if (args.scale != 0) set_bfloat16_rows();
     if (args.layout != Layout::negatives) {
       ids_ = allocate<int64_t>(rows_);
       for (int64_t i = 0; i < rows_; i++) ids_[i] = i % n;
@@ -48,7 +49,8 @@ class Loss {
     const bool two_sided = args_.layout == Layout::views || args_.layout == Layout::pairs;
     if (problem_.symmetric && rows_ <= kSingleTile)
       run_single_tile(gradients);
-    else if (!gradients || two_sided || (keys_wanted && !strips_fit(problem_)))
+    else if (!gradients || two_sided || (keys_wanted && !strips_fit(problem_)) ||
+             (result_.scale && problem_.bfloat16.parts))
       run_two_passes(gradients, keys_wanted);
     else if (keys_wanted)
       run_strips();
@@ -73,21 +75,16 @@ class Loss {
   }
 
   void set_bfloat16_rows() {
-    const bool views = args_.layout == Layout::views, negatives = args_.layout == Layout::negatives;
-    const Input& key = negatives ? args_.negatives : args_.positive;
-    const int parts = bfloat16_parts({args_.query.dtype, key.dtype}, args_.precision);
-    if (!parts || (views && rows_ <= kSingleTile)) return;
-    for (const UnitRows<T>* side : {&query_, &positive_, &negatives_})
-      if (!products_fit(side->inverse.get(), side->count)) return;
-    if (views) {
-      bfloat16_query_ = bfloat16_side({args_.query, args_.positive}, query_, parts);
+    if (args_.layout == Layout::views) {
+      if (rows_ > kSingleTile)
+        bfloat16_ = bfloat16_sides({args_.query, args_.positive}, query_, nullptr, nullptr, args_.precision);
+    } else if (args_.layout == Layout::negatives) {
+      bfloat16_ = bfloat16_sides({args_.query}, query_, &args_.negatives,
+                                 args_.normalize_negatives ? &negatives_ : nullptr, args_.precision);
     } else {
-      bfloat16_query_ = bfloat16_side({args_.query}, query_, parts);
-      bfloat16_key_ = negatives && !args_.normalize_negatives
-                          ? bfloat16_side({key}, static_cast<const float*>(nullptr), parts)
-                          : bfloat16_side({key}, negatives ? negatives_ : positive_, parts);
+      bfloat16_ = bfloat16_sides({args_.query}, query_, &args_.positive, &positive_, args_.precision);
     }
-    problem_.bfloat16 = {bfloat16_query_.rows, views ? bfloat16_query_.rows : bfloat16_key_.rows, parts};
+    problem_.bfloat16 = bfloat16_.problem;
   }
 
   const T* positive_row(int64_t i) const {
@@ -149,9 +146,20 @@ class Loss {
     const SideWeights<T> column_weights = columns ? weigh(stats.columns, T(0.5)) : SideWeights<T>{};
     if (!gradients) return;
     const bool query_wanted = problem_.symmetric || result_.query || result_.scale;
-    const PairSums<T> sums = pair_sums(problem_, row_weights, column_weights,
-                                       {query_wanted, keys_wanted && !problem_.symmetric, false}, kept);
+    const PairSums<T> sums =
+        pair_sums(problem_, row_weights, column_weights,
+                  {query_wanted, keys_wanted && !problem_.symmetric, false, result_.scale != nullptr}, kept);
     finish([&](int64_t i, T* sum) { add_parts(sums.query, i, sum); }, sums.key);
+    if (sums.scale) *result_.scale = *sums.scale - positives_pull();
+  }
+
+  // The positives' part of the gradient of the scale, negated.
+  double positives_pull() const {
+    double total = 0;
+    for (int64_t i = 0; i < rows_; i++)
+      total +=
+          static_cast<double>(pull_[i]) * kernels<T>().dot(query_.row(i), positive_row(i), query_.stride);
+    return total;
   }
 
   void run_strips() {
@@ -216,7 +224,7 @@ class Loss {
   const OnePositive& args_;
   const OnePositiveResult<T>& result_;
   UnitRows<T> query_, positive_, negatives_;
-  BFloat16Side bfloat16_query_, bfloat16_key_;
+  BFloat16Sides bfloat16_;
   Problem<T> problem_;
   Buffer<int64_t> ids_;
   int64_t rows_;

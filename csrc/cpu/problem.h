@@ -74,6 +74,7 @@ enum Slot {
   kLaneSlot,
   kKeySlot,
   kRoundedSlot,
+  kLogitSlot,
   kSlots
 };
 

@@ -1,5 +1,7 @@
 #include "cpu/stats.h"
 
+#include <numeric>
+
 #include "cpu/products.h"
 
 namespace fastcl {
@@ -169,6 +171,9 @@ PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, con
     clear(sums.bias, 0, 0, keys);
   }
 
+  const bool by_tiles = wanted.scale && problem.bfloat16.parts;
+  std::vector<double> weighted(by_tiles ? plan.tasks.size() : 0);
+
   for_each_task(plan, [&](const Plan::Task& task, Scratch& scratch) {
     const Kernels<T>& k = kernels<T>();
     if (task.query_turn == 0)
@@ -182,6 +187,11 @@ PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, con
     const SideWeights<T>& row_weights = symmetric ? rows : columns;
     TileWalk<T> walk(problem, plan, task, scratch, kept, static_cast<bool>(kept));
     walk.run(nullptr, nullptr, [&](Tile<T> tile, Tile<T> positive, int64_t begin, int64_t key_begin) {
+      Tile<T> logits = tile;
+      if (by_tiles) {
+        logits.s = scratch.take<T>(kLogitSlot, plan.query.block * tile.stride);
+        k.join_logits(logits, tile, problem.positive.row ? positive.s : nullptr);
+      }
       if (problem.positive.row) {
         const auto lane_pair = rows.pair(begin);
         const auto row_pair = row_weights ? row_weights.pair(key_begin) : lane_pair;
@@ -191,6 +201,12 @@ PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, con
       } else {
         k.lane_weights(tile, rows.negative(begin));
       }
+      if (by_tiles) {
+        const bool twice = symmetric && begin == key_begin;  // such a tile holds each pair with both roles
+        weighted[&task - plan.tasks.data()] +=
+            k.weighted_sum(tile, logits, problem.bias2 ? problem.bias2 + key_begin : nullptr) /
+            (twice ? 2 : 1);
+      }
       if (sums.query) walk.products().add_to_lanes(tile, sums.query.row(task.query_copy, begin));
       if (symmetric ? begin != key_begin : static_cast<bool>(sums.key))
         walk.products().add_to_rows(tile, row_out.row(task.key_copy, key_begin));
@@ -199,6 +215,7 @@ PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, con
           *sums.bias.row(task.key_copy, key_begin + r) += k.sum(tile.row(r), tile.lanes);
     });
   });
+  if (by_tiles) sums.scale = std::accumulate(weighted.begin(), weighted.end(), 0.0) / problem.scale2;
   return sums;
 }
 

@@ -1,6 +1,8 @@
 // Statistics of all rows (and columns) of a similarity matrix, and their gradient.
 #pragma once
 
+#include <optional>
+
 #include "cpu/problem.h"
 
 namespace fastcl {
@@ -56,10 +58,13 @@ SideWeights<T> make_side_weights(int64_t count);
 template <class T>
 struct PairSums {
   Partials<T> query, key, bias;
+  // sum_ij dl_ij <x_i, y_j>, of weights that were not rounded; only where products are of bfloat16 (never at
+  // a scale of 0). It may all but cancel, and the rows of `query` times x_i would not.
+  std::optional<double> scale;
 };
 
 struct Wanted {
-  bool query, key, bias;
+  bool query, key, bias, scale;
 };
 
 // `columns` is empty without column statistics; the logits are taken from `kept` if they are there.

@@ -40,7 +40,11 @@ class SupConLoss {
     problem_.key = args.symmetric() ? problem_.query : key_.as_rows();
     problem_.scale2 = static_cast<T>(args.scale * kLog2E);
     problem_.symmetric = args.symmetric();
-    if constexpr (std::is_same_v<T, float>) set_bfloat16_rows();
+    if constexpr (std::is_same_v<T, float>)
+      if (args.scale != 0)
+        bfloat16_ = bfloat16_sides({args.query}, query_, args.symmetric() ? nullptr : &args.key, &key_,
+                                   args.precision);
+    problem_.bfloat16 = bfloat16_.problem;
     ids_ = allocate<int64_t>(problem_.key.count);
     std::iota(ids_.get(), ids_.get() + problem_.key.count, int64_t{0});
     problem_.exclude = {ids_.get(), ids_.get()};
@@ -53,14 +57,15 @@ class SupConLoss {
     const bool query_wanted = result_.query || result_.scale;
     if (!query_wanted && !result_.key) return;
     const PairSums<T> sums =
-        pair_sums(problem_, weights, {}, {query_wanted, result_.key && !args_.symmetric(), false});
+        pair_sums(problem_, weights, {},
+                  {query_wanted, result_.key && !args_.symmetric(), false, result_.scale != nullptr});
     const T scale = static_cast<T>(args_.scale);
     if (query_wanted) {
       const Buffer<T> radial = allocate<T>(rows);
       write_gradients(query_, scale, parts_of(sums.query), rows_of(result_.query, query_.width),
                       radial.get());
       const double total = std::accumulate(radial.get(), radial.get() + rows, 0.0);
-      if (result_.scale) *result_.scale = args_.symmetric() ? total / 2 : total;
+      if (result_.scale) *result_.scale = sums.scale.value_or(args_.symmetric() ? total / 2 : total);
     }
     if (result_.key)
       write_gradients<T>(key_, scale, parts_of(sums.key), rows_of(result_.key, key_.width), nullptr);
@@ -69,18 +74,6 @@ class SupConLoss {
  private:
   static auto parts_of(const Partials<T>& partials) {
     return [&](int64_t i, T* sum) { add_parts(partials, i, sum); };
-  }
-
-  void set_bfloat16_rows() {
-    const DType key = args_.symmetric() ? args_.query.dtype : args_.key.dtype;
-    const int parts = bfloat16_parts({args_.query.dtype, key}, args_.precision);
-    if (!parts) return;
-    for (const UnitRows<T>* side : {&query_, &key_})
-      if (!products_fit(side->inverse.get(), side->count)) return;
-    bfloat16_query_ = bfloat16_side({args_.query}, query_, parts);
-    if (!args_.symmetric()) bfloat16_key_ = bfloat16_side({args_.key}, key_, parts);
-    problem_.bfloat16 = {bfloat16_query_.rows, args_.symmetric() ? bfloat16_query_.rows : bfloat16_key_.rows,
-                         parts};
   }
 
   // Writes the loss; returns the weights of the pairs in the backward pass.
@@ -111,7 +104,7 @@ class SupConLoss {
   const SupCon& args_;
   const SupConResult<T>& result_;
   UnitRows<T> query_, key_;
-  BFloat16Side bfloat16_query_, bfloat16_key_;
+  BFloat16Sides bfloat16_;
   Problem<T> problem_;
   Buffer<int64_t> ids_;
 };

@@ -64,8 +64,9 @@ int bfloat16_parts(std::initializer_list<DType> dtypes, Precision precision) {
 }
 
 bool products_fit(const float* inverse, int64_t count) {
-  return !inverse ||
-         std::none_of(inverse, inverse + count, [](float x) { return x != 0 && std::abs(x) < 0x1p-50f; });
+  return !inverse || std::none_of(inverse, inverse + count, [](float x) {
+    return x != 0 && !(std::abs(x) > 0x1p-50f && std::abs(x) < 0x1p+36f);
+  });
 }
 
 BFloat16Side bfloat16_side(std::initializer_list<Input> inputs, const float* factor, int parts) {
@@ -102,6 +103,22 @@ BFloat16Side bfloat16_side(std::initializer_list<Input> inputs, const UnitRows<f
       return bfloat16_side({{unit.rows.get(), DType::float32, unit.stride, unit.count, unit.width}},
                            static_cast<const float*>(nullptr), parts);
   return bfloat16_side(inputs, unit.inverse.get(), parts);
+}
+
+BFloat16Sides bfloat16_sides(std::initializer_list<Input> query, const UnitRows<float>& unit,
+                             const Input* key, const UnitRows<float>* key_unit, Precision precision) {
+  BFloat16Sides sides;
+  const DType dtype = query.begin()->dtype;
+  const int parts = bfloat16_parts({dtype, key ? key->dtype : dtype}, precision);
+  if (!parts || !products_fit(unit.inverse.get(), unit.count) ||
+      (key_unit && !products_fit(key_unit->inverse.get(), key_unit->count)))
+    return sides;
+  sides.query = bfloat16_side(query, unit, parts);
+  if (key)
+    sides.key = key_unit ? bfloat16_side({*key}, *key_unit, parts)
+                         : bfloat16_side({*key}, static_cast<const float*>(nullptr), parts);
+  sides.problem = {sides.query.rows, key ? sides.key.rows : sides.query.rows, parts};
+  return sides;
 }
 
 template <class T>

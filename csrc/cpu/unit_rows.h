@@ -42,8 +42,8 @@ enum class Precision : int { highest, high, medium };
 
 // Parts of the operands of bfloat16 products; 0: they are to be made in the compute type.
 int bfloat16_parts(std::initializer_list<DType> dtypes, Precision precision);
-// Whether products of the rows of these inverse norms (null: 1) stay within float32's range before their
-// norms are applied.
+// Whether products of the rows of these factors (null: 1), inverse norms, stay within float32's range before
+// they are applied: the units take what is smaller for zero.
 bool products_fit(const float* inverse, int64_t count);
 
 // A side for bfloat16 products: inputs stacked, each row times its factor (null: 1).
@@ -55,6 +55,15 @@ struct BFloat16Side {
 BFloat16Side bfloat16_side(std::initializer_list<Input> inputs, const float* factor, int parts);
 // The same from the inputs of `unit`: exact for bfloat16 inputs, whose norms become factors.
 BFloat16Side bfloat16_side(std::initializer_list<Input> inputs, const UnitRows<float>& unit, int parts);
+
+// Both sides for bfloat16 products, where such are to be made; else parts is 0.
+struct BFloat16Sides {
+  BFloat16Side query, key;
+  BFloat16Problem problem;
+};
+// A null `key`: the query; a null `key_unit`: its rows are used as they are.
+BFloat16Sides bfloat16_sides(std::initializer_list<Input> query, const UnitRows<float>& unit,
+                             const Input* key, const UnitRows<float>* key_unit, Precision precision);
 
 // Gradient of row i from `sum`, that of its unit row before the scale, in place; returns <unit row, sum>.
 template <class T>

@@ -12,6 +12,7 @@ from fastcl.numerics import (
     LOG2E,
     compute_dtype,
     inverse_norms,
+    product,
     row_dot,
     softplus,
     unit_rows,
@@ -135,7 +136,7 @@ def topk(args: TopK) -> tuple[Tensor, Tensor]:
         tile_keys = unit_rows(key[keys], args.normalize)
         tile_indices = torch.arange(key.shape[0], device=query.device)[keys]
         for rows in row_chunks(query.shape[0], width):
-            similarity = query[rows] @ tile_keys.T
+            similarity = product(query[rows], tile_keys.T)
             if args.exclude_query is not None and args.exclude_key is not None:
                 excluded = args.exclude_query[rows, None] == args.exclude_key[None, keys]
                 similarity = similarity.masked_fill(excluded, -torch.inf)
@@ -206,7 +207,7 @@ def _mix(
     mixed_with_query = beta * query[:, None] + (1 - beta) * ranked(args.partner)
     synthetic = torch.cat([mixed, mixed_with_query], dim=1)  # [n, n_mix + n_query_mix, D]
     inverses = inverse_norms(synthetic).squeeze(2)
-    logits = scale * (synthetic @ query[:, :, None]).squeeze(2) * inverses
+    logits = scale * product(synthetic, query[:, :, None]).squeeze(2) * inverses
     lse = torch.logaddexp(lse, logits.logsumexp(dim=1))
     weights = torch.exp(logits - lse[:, None]) * inverses
     return lse, (weights[:, None] @ synthetic).squeeze(1)
@@ -216,7 +217,7 @@ def _logits2(problem: Problem, prepared: Prepared, chunk: slice) -> Tensor:
     factor = problem.scale * LOG2E
     if problem.key_scale is not None:
         factor = factor * problem.key_scale.to(prepared.key.dtype)
-    logits2 = prepared.query[chunk] @ prepared.key.T
+    logits2 = product(prepared.query[chunk], prepared.key.T)
     logits2 *= factor.to(logits2.dtype)  # not before the product, where it might overflow
     if problem.key_bias is not None:
         logits2 += problem.key_bias.to(logits2.dtype) * LOG2E

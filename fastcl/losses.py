@@ -22,6 +22,7 @@ from fastcl.compiled import anchored
 from fastcl.numerics import (
     compute_dtype,
     inverse_norms,
+    product,
     reduce,
     row_dot,
     softplus,
@@ -264,7 +265,9 @@ def sup_con(
         anchored(features), labels, mask, scale, contrast_mode, variant, normalize, reduction
     )
     loss = _sup_con(args, group, ring, labelled=labels is not None)
-    if base_temperature is not None and (features.shape[0] or group is not None):  # the mean of no rows is NaN
+    if base_temperature is not None and (
+        features.shape[0] or group is not None
+    ):  # the mean of no rows is NaN
         loss = loss * (scale * base_temperature).reciprocal().to(loss.dtype)
     return loss
 
@@ -374,6 +377,6 @@ def _paired_info_nce(
         query, positive = unit_rows(anchored(query)), unit_rows(anchored(positive))
         negatives = anchored(negatives).to(compute_dtype(negatives.dtype))
         scale = scale.to(query.dtype)
-        dots = (negatives @ query[:, :, None]).squeeze(-1)  # [N, M]
+        dots = product(negatives, query[:, :, None]).squeeze(-1)  # [N, M]
         lse_neg = (scale * dots * inverse_norms(negatives).squeeze(-1)).logsumexp(dim=1)
         return reduce(softplus(lse_neg - scale.flatten() * row_dot(query, positive)), reduction)

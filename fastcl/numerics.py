@@ -13,6 +13,7 @@ from torch import Tensor
 LN2 = math.log(2.0)
 LOG2E = 1.0 / LN2
 NORM_EPS = 1e-12
+_LONG_SUM, _BLOCK = 1024, 256
 
 _PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 
@@ -76,14 +77,14 @@ def masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
     return kept.logsumexp(dim=1).masked_fill(empty, -torch.inf)
 
 
-def inverse_norms(x: Tensor) -> Tensor:
-    """``1 / max(norm, 1e-12)`` per row, shape (..., 1); 0 for a zero row, which so stays zero.
+def inverse_norms(x: Tensor, eps: float | Tensor = NORM_EPS) -> Tensor:
+    """``1 / max(norm, eps)`` per row, shape (..., 1); 0 for a zero row, which so stays zero.
 
     Formed in float64: squares of float32 components may be beyond float32's range.
     """
     norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
     zero = norms == 0
-    inverse: Tensor = norms.masked_fill(zero, 1.0).clamp_min(NORM_EPS).reciprocal()
+    inverse: Tensor = norms.masked_fill(zero, 1.0).clamp_min(eps).reciprocal()
     return inverse.masked_fill(zero, 0.0).to(x.dtype)
 
 
@@ -93,9 +94,11 @@ def unit_rows(x: Tensor, normalize: bool = True) -> Tensor:
     if not normalize:
         return x
     if x.dtype == torch.float32 and x.shape[-1]:
-        # a power of two, which a unit row does not depend on, keeps products in the derivatives finite
+        # a power of two, on which a unit row does not depend, keeps products in the derivatives in range
         largest = x.detach().abs().amax(dim=-1, keepdim=True)
-        x = x * torch.where(largest > 2.0**50, 2.0**-64, 1.0)
+        power = torch.where(largest > 2.0**50, 2.0**-64, torch.where(largest < 2.0**-20, 2.0**40, 1.0))
+        x = x * power
+        return x * inverse_norms(x, power * NORM_EPS)
     return x * inverse_norms(x)
 
 
@@ -109,6 +112,14 @@ def unit_rows_backward(grad_unit: Tensor, unit: Tensor, inverse: Tensor) -> Tens
 def row_dot(a: Tensor, b: Tensor) -> Tensor:
     """``sum_d a[i, d] * b[i, d]``, shape (N,)."""
     return (a * b).sum(dim=-1)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``, by blocks of the summed dimension where it is long: one chain of additions loses digits."""
+    if a.shape[-1] <= _LONG_SUM:
+        return a @ b
+    blocks = zip(a.split(_BLOCK, -1), b.split(_BLOCK, -2), strict=True)
+    return torch.stack([x @ y for x, y in blocks]).sum(0)
 
 
 def reduce(losses: Tensor, reduction: str) -> Tensor:

@@ -82,7 +82,9 @@ class PairGradients(NamedTuple):
     query: Tensor | None  # (N, D): sum_j dl_ij * key_scale_j * y_j
     key: Tensor | None  # (M, D): sum_i dl_ij * x_i
     bias: Tensor | None  # (M,): sum_i dl_ij
-    scale: Tensor | None = None  # (1,) or (): sum_ij dl_ij * key_scale_j * <x_i, y_j>, else query's rows give it
+    scale: Tensor | None = (
+        None  # (1,) or (): sum_ij dl_ij * key_scale_j * <x_i, y_j>, else query's rows give it
+    )
 
 
 @dataclass(frozen=True)

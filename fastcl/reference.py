@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcl.numerics import masked_logsumexp, row_dot, softplus, unit_rows, without_autocast
+from fastcl.numerics import masked_logsumexp, product, row_dot, softplus, unit_rows, without_autocast
 from fastcl.problem import Mochi, Problem, TopK
 
 
@@ -33,7 +33,7 @@ def logits(problem: Problem) -> Tensor:
     key = query  # rows used twice are converted once: their gradient rounds once
     if problem.key is not problem.query:
         key = unit_rows(problem.key, problem.normalize).to(query.dtype)
-    similarity = problem.scale.to(query.dtype) * (query @ key.T)
+    similarity = problem.scale.to(query.dtype) * product(query, key.T)
     if problem.key_scale is not None:
         similarity = similarity * problem.key_scale.to(query.dtype)
     return similarity if problem.key_bias is None else similarity + problem.key_bias.to(query.dtype)
@@ -68,7 +68,7 @@ def _pack(pair_logits: Tensor, negative: Tensor, positive: Tensor) -> Tensor:
 def topk(args: TopK) -> tuple[Tensor, Tensor]:
     """The k most similar keys of each query, ties to the lower index, padded with -inf and -1."""
     with without_autocast(args.query.device):
-        similarity = unit_rows(args.query, args.normalize) @ unit_rows(args.key, args.normalize).T
+        similarity = product(unit_rows(args.query, args.normalize), unit_rows(args.key, args.normalize).T)
     if args.exclude_query is not None and args.exclude_key is not None:
         excluded = args.exclude_query[:, None] == args.exclude_key[None, :]
         similarity = similarity.masked_fill(excluded, -torch.inf)
@@ -93,5 +93,5 @@ def mochi(args: Mochi) -> Tensor:
         mixed = alpha * ranked(args.first) + (1 - alpha) * ranked(args.second)
         mixed_with_query = beta * query.detach()[:, None] + (1 - beta) * ranked(args.partner)
         synthetic = unit_rows(torch.cat([mixed, mixed_with_query], dim=1))
-        similarity = torch.cat([query @ keys.T, (query[:, None] * synthetic).sum(dim=2)], dim=1)
+        similarity = torch.cat([product(query, keys.T), (query[:, None] * synthetic).sum(dim=2)], dim=1)
         return softplus((scale * similarity).logsumexp(dim=1) - scale * row_dot(query, positive))

@@ -124,3 +124,58 @@ def test_mochi_mixes_a_query_with_nearly_opposite_keys(backend):
     assert_within_budget(got, exact, plain)
     for grads in zip(got_grads, exact_grads, plain_grads, strict=True):
         assert_within_budget(*grads, name="gradient")
+
+
+def _pull(stats):
+    return (stats.lse_neg - stats.pos_sum).mean()
+
+
+ROW = torch.arange(300)
+WITH_TEMPERATURE = {
+    "nt_xent": (fastcl.nt_xent, testing.dense_nt_xent),
+    "info_nce": tuple(
+        lambda a, b, t, f=f: f(a, b, temperature=t) for f in (fastcl.info_nce, testing.dense_info_nce)
+    ),
+    "info_nce of negatives": tuple(
+        lambda a, b, t, f=f: f(a, b, b.flip(0), temperature=t)
+        for f in (fastcl.info_nce, testing.dense_info_nce)
+    ),
+    "clip_loss": tuple(
+        lambda a, b, t, f=f: f(a, b, 1 / t) for f in (fastcl.clip_loss, testing.dense_clip_loss)
+    ),
+    "sup_con": tuple(
+        lambda a, b, t, f=f: f(torch.stack([a, b], 1), ROW // 3, temperature=t)
+        for f in (fastcl.sup_con, testing.dense_sup_con)
+    ),
+    "similarity_stats": tuple(
+        lambda a, b, t, f=f: _pull(
+            f(a, b, scale=1 / t, normalize=True, rule=fastcl.PairRule(positive=(ROW, ROW)))
+        )
+        for f in (fastcl.similarity_stats, testing.dense_stats)
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", WITH_TEMPERATURE)
+def test_the_gradient_of_a_temperature_that_all_but_cancels(loss, backend):
+    """Of bfloat16 rows that are alike: as accurate as float32's, though products are of bfloat16."""
+    center = torch.randn(1, 64)
+    rows = [(center + 0.1 * torch.randn(300, 64)).bfloat16() for _ in range(2)]
+    ours, dense = WITH_TEMPERATURE[loss]
+
+    def gradient(function, dtype):
+        temperature = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
+        leaves = [x.to(dtype).requires_grad_() for x in rows]
+        return torch.autograd.grad(function(*leaves, temperature), temperature)[0]
+
+    plain, exact = (gradient(dense, dtype) for dtype in (torch.float32, torch.float64))
+    got = gradient(ours, torch.bfloat16).float()
+    assert_within_budget(got, exact, plain, unit=20 / 0.05)
+
+
+def test_products_of_rows_too_short_for_bfloat16_units(backend):
+    """A row shorter than 1e-12 is divided by that; the units would take its products for zero."""
+    query, key = (torch.randn(5, 16) * 1e-21).bfloat16(), (torch.randn(7, 16) * 1e-21).bfloat16()
+    got = fastcl.similarity_stats(query, key, normalize=True).max_neg
+    exact = ((query.double() / 1e-12) @ (key.double() / 1e-12).T).amax(1)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=0)

@@ -1,5 +1,5 @@
 // The extension's ops, in torch's stable ABI. But for the whole loss, where every microsecond counts,
-// Python hands them inputs whose last dimension is contiguous, and the outputs.
+// Python hands them contiguous inputs, and the outputs.
 #include <torch/csrc/stable/library.h>
 
 #include <type_traits>
@@ -8,9 +8,8 @@
 #include "cpu/mochi.h"
 #include "cpu/one_positive.h"
 #include "cpu/products.h"
-#include "cpu/stats.h"
+#include "cpu/similarity.h"
 #include "cpu/sup_con.h"
-#include "cpu/topk.h"
 #include "tensors.h"
 
 namespace fastcl {
@@ -28,203 +27,105 @@ DType dtype_of(const Tensor& x) {
       return DType::float32;
   }
 }
-template <class T>
-const T* values_of(const OptionalTensor& x) {
-  return x ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
-}
 bool is_double(const Tensor& x) { return dtype_of(x) == DType::float64; }
 
 Input input_of(const Tensor& x) {
   return {x.const_data_ptr(), dtype_of(x), x.stride(0), x.size(0), x.size(1)};
 }
 
-// Rows times their factors (none: 1), of any dtype.
-struct Side {
-  Tensor rows;
-  OptionalTensor factor;
-};
+// Keeps what the arguments of a statistics op point into.
+struct StatsCall {
+  Tensor query, key;
+  OptionalTensor kept[6];  // key scale and bias, ids
+  SimilarityCall call;
 
-// Rows of T; padded copies where they are not readable as such to a whole number of vectors.
-template <class T>
-Rows<T> rows_of(const Side& side, Buffer<T>& copy) {
-  const Kernels<T>& k = kernels<T>();
-  const Input x = input_of(side.rows);
-  constexpr DType dtype = std::is_same_v<T, double> ? DType::float64 : DType::float32;
-  if (x.dtype == dtype && x.width % k.vector == 0 && !side.factor)
-    return {x.data, dtype, x.stride, x.count, x.width, true};
-  const int64_t stride = round_up(x.width, k.vector);
-  copy = allocate<T>(x.count * stride);
-  k.load_rows(copy.get(), stride, x.data, x.dtype, x.stride, x.count, x.width, values_of<T>(side.factor));
-  return {copy.get(), dtype, stride, x.count, x.width, true};
-}
-
-template <class T>
-struct OwnedProblem {
-  Buffer<T> query, key;
-  BFloat16Side bfloat16_query, bfloat16_key;
-  Problem<T> problem;
-
-  OwnedProblem(const Side& x, const Side& y, double scale, const OptionalTensor& bias2,
-               const OptionalTensor& exclude_query, const OptionalTensor& exclude_key,
-               const OptionalTensor& positive_query, const OptionalTensor& positive_key, bool symmetric,
-               Precision precision) {
-    int parts = scale == 0 ? 0 : bfloat16_parts({dtype_of(x.rows), dtype_of(y.rows)}, precision);
-    for (const Side* side : {&x, &y})
-      if (parts && !products_fit(values_of<float>(side->factor), side->rows.size(0))) parts = 0;
-    if (parts) {
-      bfloat16_query = bfloat16_side({input_of(x.rows)}, values_of<float>(x.factor), parts);
-      if (!symmetric) bfloat16_key = bfloat16_side({input_of(y.rows)}, values_of<float>(y.factor), parts);
-      problem.bfloat16 = {bfloat16_query.rows, symmetric ? bfloat16_query.rows : bfloat16_key.rows, parts};
-      problem.query.count = x.rows.size(0);
-      problem.key.count = y.rows.size(0);
-      problem.query.width = problem.key.width = x.rows.size(1);
-    } else {
-      problem.query = rows_of<T>(x, query);
-      problem.key = symmetric ? problem.query : rows_of<T>(y, key);
-    }
-    problem.scale2 = static_cast<T>(scale * kLog2E);
-    problem.bias2 = bias2 ? static_cast<const T*>(bias2->const_data_ptr()) : nullptr;
-    problem.exclude = {ids_of(exclude_key), ids_of(exclude_query)};
-    problem.positive = {ids_of(positive_key), ids_of(positive_query)};
-    problem.symmetric = symmetric;
+  StatsCall(const Tensor& x, const Tensor& y, const OptionalTensor& scale, const OptionalTensor& key_scale,
+            const OptionalTensor& bias2, const OptionalTensor& exclude_query,
+            const OptionalTensor& exclude_key, const OptionalTensor& positive_query,
+            const OptionalTensor& positive_key, bool normalize, bool symmetric, int64_t precision,
+            bool columns)
+      : query(row_contiguous(x)), key(symmetric ? query : row_contiguous(y)) {
+    const OptionalTensor* given[] = {&key_scale,   &bias2,          &exclude_query,
+                                     &exclude_key, &positive_query, &positive_key};
+    for (int i = 0; i < 6; i++)
+      if (*given[i]) kept[i] = torch::stable::contiguous(**given[i]);
+    auto data = [&](int i) { return kept[i] ? kept[i]->const_data_ptr() : nullptr; };
+    call = {input_of(query),
+            input_of(key),
+            scale ? *static_cast<const double*>(scale->const_data_ptr()) : 1.0,
+            data(0),
+            data(1),
+            {ids_of(kept[3]), ids_of(kept[2])},
+            {ids_of(kept[5]), ids_of(kept[4])},
+            normalize,
+            symmetric,
+            columns,
+            static_cast<Precision>(precision)};
   }
 };
 
-// (5, N) statistics and (4, N) state of one side.
-template <class T>
-void write_state(const State<T>& state, int64_t count, const Tensor& statistics, const Tensor& saved) {
-  T *out = out_of<T>(statistics), *kept = out_of<T>(saved);
-  for_each_range(count, 1024, [&](int64_t begin, int64_t end, Scratch&) {
-    for (int64_t i = begin; i < end; i++) {
-      const LogSum<T> entries[] = {state.negative(i), state.positive(i)};
-      for (int side = 0; side < 2; side++) {
-        const T max = *entries[side].max, sum = entries[side].total();
-        const bool empty = is_empty(max) && !std::isnan(sum);
-        out[side * count + i] = log_sum_exp(max, sum);
-        kept[2 * side * count + i] = empty ? -INFINITY : max;
-        kept[(2 * side + 1) * count + i] = empty ? T(0) : sum;
-      }
-      const PositiveSums<T> positives = state.positive_sums(i);
-      out[2 * count + i] = positives.sum.total() * static_cast<T>(kLn2);
-      out[3 * count + i] = *positives.count;
-      const T max = *entries[0].max, sum = entries[0].total();
-      out[4 * count + i] = std::isnan(sum) ? sum : is_empty(max) ? -INFINITY : max * static_cast<T>(kLn2);
-    }
-  });
-}
+ScalarType compute_type(const Tensor& x) { return is_double(x) ? ScalarType::Double : ScalarType::Float; }
 
-template <class T>
-void run_stats_forward(const OwnedProblem<T>& owned, bool columns, const Tensor& rows,
-                       const Tensor& row_state, const Tensor& column_stats, const Tensor& column_state,
-                       const Tensor& weighted) {
-  const Problem<T>& problem = owned.problem;
-  const int64_t queries = problem.query.count;
-  if (T* out = out_of<T>(weighted)) {
-    const Attended<T> attended = attend(problem);
-    write_state(attended.rows, queries, rows, row_state);
-    for_each_range(queries, 64, [&](int64_t begin, int64_t end, Scratch&) {
-      for (int64_t i = begin; i < end; i++) {
-        const LogSum<T> entry = attended.rows.negative(i);
-        const T factor = weight_factor(T(1), *entry.max, entry.total());
-        for (int64_t d = 0; d < problem.query.width; d++)
-          out[i * problem.query.width + d] = attended.query.row(0, i)[d] * factor;
-      }
-    });
-    return;
-  }
-  const Statistics<T> stats = statistics(problem, columns);
-  write_state(stats.rows, queries, rows, row_state);
-  if (columns) write_state(stats.columns, problem.key.count, column_stats, column_state);
-}
+using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-void stats_forward(Tensor x, OptionalTensor x_factor, Tensor y, OptionalTensor y_factor, double scale,
-                   OptionalTensor bias2, OptionalTensor exclude_query, OptionalTensor exclude_key,
-                   OptionalTensor positive_query, OptionalTensor positive_key, bool symmetric,
-                   int64_t precision, bool columns, Tensor rows, Tensor row_state, Tensor column_stats,
-                   Tensor column_state, Tensor weighted) {
-  auto run = [&](auto zero) {
-    const OwnedProblem<decltype(zero)> owned({x, x_factor}, {y, y_factor}, scale, bias2, exclude_query,
-                                             exclude_key, positive_query, positive_key, symmetric,
-                                             static_cast<Precision>(precision));
-    run_stats_forward(owned, columns, rows, row_state, column_stats, column_state, weighted);
+FiveTensors stats_forward(Tensor query, Tensor key, Tensor scale, OptionalTensor key_scale,
+                          OptionalTensor bias2, OptionalTensor exclude_query, OptionalTensor exclude_key,
+                          OptionalTensor positive_query, OptionalTensor positive_key, bool normalize,
+                          bool symmetric, int64_t precision, bool columns, bool weighted) {
+  const StatsCall args(query, key, scale, key_scale, bias2, exclude_query, exclude_key, positive_query,
+                       positive_key, normalize, symmetric, precision, columns);
+  const int64_t n = query.size(0), m = columns ? key.size(0) : 0;
+  auto output = [&](int64_t rows, int64_t width) {
+    return torch::stable::new_empty(query, {rows, width}, compute_type(query));
   };
-  is_double(x) ? run(0.0) : run(0.0f);
-}
-
-// grad is (5, N), state (4, N).
-template <class T>
-SideWeights<T> side_weights(const Tensor& grad, const Tensor& state) {
-  using W = SideWeights<T>;
-  const int64_t count = grad.size(1);
-  W weights = make_side_weights<T>(count);
-  const T *g = static_cast<const T*>(grad.const_data_ptr()),
-          *s = static_cast<const T*>(state.const_data_ptr());
-  for (int64_t i = 0; i < count; i++) {
-    for (int side = 0; side < 2; side++) {
-      const T max = s[2 * side * count + i], sum = s[(2 * side + 1) * count + i];
-      if (max > excluded_logit<T> / 2) weights.field(2 * side)[i] = max;
-      weights.field(2 * side + 1)[i] = weight_factor(g[side * count + i], max, sum);
-    }
-    weights.field(W::kConstant)[i] = g[2 * count + i];
-  }
-  return weights;
-}
-
-template <class T>
-void write_sums(const Partials<T>& sums, const Tensor& to) {
-  T* out = out_of<T>(to);
-  if (!out || !sums) return;
-  const int64_t width = to.dim() == 1 ? 1 : to.size(1);
-  for_each_range(sums.rows, 256, [&](int64_t begin, int64_t end, Scratch&) {
-    for (int64_t i = begin; i < end; i++) {
-      for (int64_t d = 0; d < width; d++) {
-        T total = 0;
-        for (int64_t p = 0; p < sums.parts; p++) total += sums.row(p, i)[d];
-        out[i * width + d] = total;
-      }
-    }
-  });
-}
-
-// sum_ij dl_ij <x_i, y_j>
-template <class T>
-double dot_of_rows(const Problem<T>& problem, const PairSums<T>& sums) {
-  double total = 0;
-  for (int64_t i = 0; i < problem.query.count; i++)
-    for (int64_t p = 0; p < sums.query.parts; p++)
-      total += kernels<T>().dot(problem.query.row(i), sums.query.row(p, i), sums.query.width);
-  return problem.symmetric ? total / 2 : total;
-}
-
-void stats_backward(Tensor x, OptionalTensor x_factor, Tensor y, OptionalTensor y_factor, double scale,
-                    OptionalTensor bias2, OptionalTensor exclude_query, OptionalTensor exclude_key,
-                    OptionalTensor positive_query, OptionalTensor positive_key, bool symmetric,
-                    int64_t precision, bool columns, Tensor grad_rows, Tensor row_state, Tensor grad_columns,
-                    Tensor column_state, Tensor query_sums, Tensor key_sums, Tensor bias_sums,
-                    Tensor scale_sum) {
+  const Tensor rows = output(5, n), row_state = output(4, n), column_stats = output(5, m),
+               column_state = output(4, m),
+               of_keys = output_like(query, query, compute_type(query), weighted);
   auto run = [&](auto zero) {
     using T = decltype(zero);
-    const OwnedProblem<T> owned({x, x_factor}, {y, y_factor}, scale, bias2, exclude_query, exclude_key,
-                                positive_query, positive_key, symmetric, static_cast<Precision>(precision));
-    const SideWeights<T> rows = side_weights<T>(grad_rows, row_state);
-    const SideWeights<T> column_weights =
-        columns ? side_weights<T>(grad_columns, column_state) : SideWeights<T>{};
-    const PairSums<T> sums = pair_sums(
-        owned.problem, rows, column_weights,
-        {query_sums.numel() > 0, key_sums.numel() > 0, bias_sums.numel() > 0, scale_sum.numel() > 0});
-    write_sums(sums.query, query_sums);
-    write_sums(sums.key, key_sums);
-    write_sums(sums.bias, bias_sums);
-    if (double* out = out_of<double>(scale_sum))
-      *out = sums.scale ? *sums.scale : dot_of_rows(owned.problem, sums);
+    auto data = [](const Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); };
+    similarity_forward<T>(args.call, {data(rows), data(row_state), data(column_stats), data(column_state),
+                                      weighted ? data(of_keys) : nullptr});
   };
-  is_double(x) ? run(0.0) : run(0.0f);
+  is_double(query) ? run(0.0) : run(0.0f);
+  return {rows, row_state, column_stats, column_state, of_keys};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> one_positive_op(
-    Tensor query, Tensor positive, OptionalTensor negatives, Tensor scale, OptionalTensor query_ids,
-    OptionalTensor negative_ids, int64_t layout, bool normalize, bool normalize_negatives, bool mean,
-    int64_t precision, int64_t needs) {
+FiveTensors stats_backward(Tensor query, Tensor key, Tensor scale, OptionalTensor key_scale,
+                           OptionalTensor bias2, OptionalTensor exclude_query, OptionalTensor exclude_key,
+                           OptionalTensor positive_query, OptionalTensor positive_key, bool normalize,
+                           bool symmetric, int64_t precision, bool columns, Tensor grad_rows,
+                           Tensor row_state, Tensor grad_columns, Tensor column_state, int64_t needs) {
+  const StatsCall args(query, key, scale, key_scale, bias2, exclude_query, exclude_key, positive_query,
+                       positive_key, normalize, symmetric, precision, columns);
+  const ScalarType dtype = compute_type(query);
+  const Tensor keys = torch::stable::new_empty(query, {needs & 24 ? key.size(0) : 0}, dtype);
+  const Tensor grad_query = output_like(query, query, dtype, needs & 1),
+               grad_key = output_like(key, query, dtype, needs & 2),
+               grad_scale = output_like(scale, scale, ScalarType::Double, needs & 4),
+               grad_bias = output_like(keys, query, dtype, needs & 8),
+               grad_key_scale = output_like(keys, query, dtype, needs & 16);
+  const Tensor saved[] = {torch::stable::contiguous(grad_rows), torch::stable::contiguous(row_state),
+                          torch::stable::contiguous(grad_columns), torch::stable::contiguous(column_state)};
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    auto in = [&](int i) { return static_cast<const T*>(saved[i].const_data_ptr()); };
+    auto out = [&](const Tensor& x, int64_t bit) {
+      return needs & bit ? static_cast<T*>(x.mutable_data_ptr()) : nullptr;
+    };
+    similarity_backward<T>(args.call, {in(0), in(1), in(2), in(3)},
+                           {out(grad_query, 1), out(grad_key, 2),
+                            needs & 4 ? static_cast<double*>(grad_scale.mutable_data_ptr()) : nullptr,
+                            out(grad_bias, 8), out(grad_key_scale, 16)});
+  };
+  is_double(query) ? run(0.0) : run(0.0f);
+  return {grad_query, grad_key, grad_scale, grad_bias, grad_key_scale};
+}
+
+FiveTensors one_positive_op(Tensor query, Tensor positive, OptionalTensor negatives, Tensor scale,
+                            OptionalTensor query_ids, OptionalTensor negative_ids, int64_t layout,
+                            bool normalize, bool normalize_negatives, bool mean, int64_t precision,
+                            int64_t needs) {
   query = row_contiguous(query);
   positive = row_contiguous(positive);
   if (negatives) negatives = row_contiguous(*negatives);
@@ -279,16 +180,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sup_con_op(Tensor query, OptionalTens
   return {loss, grad_query, grad_key, grad_scale};
 }
 
-void topk_op(Tensor query, Tensor key, OptionalTensor exclude_query, OptionalTensor exclude_key,
-             Tensor values, Tensor indices) {
+std::tuple<Tensor, Tensor> topk_op(Tensor query, Tensor key, int64_t k, OptionalTensor exclude_query,
+                                   OptionalTensor exclude_key, bool normalize) {
+  const StatsCall args(query, key, std::nullopt, {}, {}, exclude_query, exclude_key, {}, {}, normalize, false,
+                       0, false);
+  const Tensor values = torch::stable::new_empty(query, {query.size(0), k}, compute_type(query)),
+               indices = torch::stable::new_empty(query, {query.size(0), k}, ScalarType::Long);
   auto run = [&](auto zero) {
     using T = decltype(zero);
-    OwnedProblem<T> owned({query, {}}, {key, {}}, 1.0, {}, exclude_query, exclude_key, {}, {}, false,
-                          Precision::highest);
-    owned.problem.scale2 = 1;  // similarities themselves
-    topk<T>(owned.problem, values.size(1), out_of<T>(values), out_of<int64_t>(indices));
+    similarity_topk<T>(args.call, k, static_cast<T*>(values.mutable_data_ptr()),
+                       static_cast<int64_t*>(indices.mutable_data_ptr()));
   };
   is_double(query) ? run(0.0) : run(0.0f);
+  return {values, indices};
 }
 
 void mochi_op(Tensor query, Tensor positive, Tensor keys, Tensor scale, Tensor first, Tensor second,
@@ -318,9 +222,9 @@ int64_t operand_parts(Tensor x, int64_t precision) {
 void repeat_logits(Tensor x, int64_t parts, int64_t repeats) {
   const Input rows = input_of(x);
   const BFloat16Side side = parts ? bfloat16_side({rows}, nullptr, static_cast<int>(parts)) : BFloat16Side{};
-  Buffer<float> copy;
+  const UnitRows<float> unit = unit_rows<float>({rows}, false);
   Problem<float> problem;
-  problem.query = problem.key = rows_of<float>({x, {}}, copy);
+  problem.query = problem.key = unit.as_rows();
   problem.bfloat16 = {side.rows, side.rows, static_cast<int>(parts)};
   problem.scale2 = 1;
   for_each_task(torch::stable::get_num_threads(), [&](int64_t, Scratch& scratch) {
@@ -342,21 +246,18 @@ void force_isa_op(int64_t level) { force_isa(static_cast<Isa>(level)); }
 }  // namespace fastcl
 
 STABLE_TORCH_LIBRARY(fastcl_native, m) {
+  const std::string problem =
+      "(Tensor query, Tensor key, Tensor scale, Tensor? key_scale, Tensor? bias2, Tensor? exclude_query, "
+      "Tensor? exclude_key, Tensor? positive_query, Tensor? positive_key, bool normalize, bool symmetric, "
+      "int precision, bool columns";
+  const std::string five = ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
+  m.def(("stats_forward" + problem + ", bool weighted" + five).c_str());
+  m.def(("stats_backward" + problem +
+         ", Tensor grad_rows, Tensor row_state, Tensor grad_columns, Tensor column_state, int needs" + five)
+            .c_str());
   m.def(
-      "stats_forward(Tensor x, Tensor? x_factor, Tensor y, Tensor? y_factor, float scale, Tensor? bias2, "
-      "Tensor? exclude_query, Tensor? exclude_key, Tensor? positive_query, Tensor? positive_key, "
-      "bool symmetric, int precision, bool columns, Tensor(a!) rows, "
-      "Tensor(b!) row_state, Tensor(c!) columns_out, Tensor(d!) column_state, Tensor(e!) weighted) -> ()");
-  m.def(
-      "stats_backward(Tensor x, Tensor? x_factor, Tensor y, Tensor? y_factor, float scale, Tensor? bias2, "
-      "Tensor? exclude_query, Tensor? exclude_key, Tensor? positive_query, Tensor? positive_key, "
-      "bool symmetric, int precision, bool columns, Tensor grad_rows, "
-      "Tensor row_state, Tensor grad_columns, Tensor column_state, Tensor(a!) query_sums, Tensor(b!) "
-      "key_sums, "
-      "Tensor(c!) bias_sums, Tensor(d!) scale_sum) -> ()");
-  m.def(
-      "topk(Tensor query, Tensor key, Tensor? exclude_query, Tensor? exclude_key, Tensor(a!) values, "
-      "Tensor(b!) indices) -> ()");
+      "topk(Tensor query, Tensor key, int k, Tensor? exclude_query, Tensor? exclude_key, bool normalize) -> "
+      "(Tensor, Tensor)");
   m.def(
       "mochi(Tensor query, Tensor positive, Tensor keys, Tensor scale, Tensor first, Tensor second, Tensor "
       "alpha, "

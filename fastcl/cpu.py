@@ -5,29 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcl.numerics import LOG2E, compute_dtype, unit_rows
-from fastcl.problem import (
-    Mochi,
-    Needs,
-    PairGradients,
-    Prepared,
-    Problem,
-    TopK,
-    input_gradients,
-    prepare,
-    wanted_pairs,
-)
+from fastcl.numerics import LOG2E, compute_dtype
+from fastcl.problem import Mochi, Needs, Problem, TopK
 
 _native = torch.ops.fastcl_native
 
 
 def stats_forward(problem: Problem, weighted_keys: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As :func:`fastcl.chunked.stats_forward`."""
-    prepared = prepare(problem)
-    n, m = problem.query.shape[0], problem.key.shape[0] if problem.columns else 0
-    new = prepared.query.new_empty
-    outputs = (new(5, n), new(4, n), new(5, m), new(4, m), new(problem.query.shape if weighted_keys else 0))
-    _native.stats_forward(*_native_problem(problem, prepared), *outputs)
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _native.stats_forward(
+        *_native_problem(problem), weighted_keys
+    )
     return outputs
 
 
@@ -40,33 +28,25 @@ def stats_backward(
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
     """As :func:`fastcl.chunked.stats_backward`."""
-    prepared = prepare(problem)
-    shapes = (prepared.query.shape, prepared.key.shape, prepared.key.shape[:1])
-    wanted = wanted_pairs(problem, needs)
-    sums = [prepared.query.new_empty(s if want else (0,)) for s, want in zip(shapes, wanted, strict=True)]
-    scale_sum = torch.empty((int(needs.scale),), dtype=torch.float64)
-    _native.stats_backward(
-        *_native_problem(problem, prepared),
-        grad_rows.contiguous(),
-        row_state.contiguous(),
-        grad_columns.contiguous(),
-        column_state.contiguous(),
-        *sums,
-        scale_sum,
+    wanted = (
+        needs.query or (problem.symmetric and needs.key),
+        needs.key and not problem.symmetric,
+        *needs[2:],
     )
-    pair_sums = (x if want else None for x, want in zip(sums, wanted, strict=True))
-    pairs = PairGradients(*pair_sums, scale_sum if needs.scale else None)
-    return input_gradients(problem, prepared, pairs, needs)
+    bits = sum(bit << i for i, bit in enumerate(wanted))
+    grads = _native.stats_backward(
+        *_native_problem(problem), grad_rows, row_state, grad_columns, column_state, bits
+    )
+    return tuple(
+        grad.to(x.dtype) if x is not None and want else None
+        for grad, x, want in zip(grads, problem[:5], wanted, strict=True)
+    )
 
 
 def topk(args: TopK) -> tuple[Tensor, Tensor]:
     """As :func:`fastcl.chunked.topk`."""
-    query, key = (_row_contiguous(unit_rows(x, args.normalize)) for x in (args.query, args.key))
-    values = query.new_empty(query.shape[0], args.k)
-    indices = torch.empty(values.shape, dtype=torch.int64)
-    exclude = (_contiguous(ids) for ids in (args.exclude_query, args.exclude_key))
-    _native.topk(query, key, *exclude, values, indices)
-    return values, indices
+    outputs: tuple[Tensor, Tensor] = _native.topk(*args)
+    return outputs
 
 
 def mochi(args: Mochi) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -86,31 +66,21 @@ def _row_contiguous(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def _native_problem(problem: Problem, prepared: Prepared) -> tuple[Tensor | float | bool | None, ...]:
-    query, key = prepared.query, prepared.key
-    query_factor = key_factor = None
-    key_scale = None if problem.key_scale is None else problem.key_scale.to(key.dtype)
-    if problem.query.dtype == problem.key.dtype == torch.bfloat16:
-        # as they are, so that products of bfloat16 are exact
-        query, query_factor = problem.query, prepared.query_inverse
-        key, key_factor = problem.key, prepared.key_inverse
-    if key_scale is not None:
-        key_factor = key_scale if key_factor is None else key_factor.squeeze(1) * key_scale
-    bias2 = None if problem.key_bias is None else problem.key_bias.to(prepared.key.dtype) * LOG2E
-    ids = (problem.exclude_query, problem.exclude_key, problem.positive_query, problem.positive_key)
+def _native_problem(problem: Problem) -> tuple[Tensor | int | None, ...]:
+    dtype = compute_dtype(problem.query.dtype)
+    key_scale, bias = problem.key_scale, problem.key_bias
     return (
-        _row_contiguous(query),
-        _contiguous(query_factor),
-        _row_contiguous(key),
-        _contiguous(key_factor),
-        float(problem.scale),
-        _contiguous(bias2),
-        *(_contiguous(x) for x in ids),
+        problem.query,
+        problem.key,
+        problem.scale,
+        None if key_scale is None else key_scale.to(dtype),
+        None if bias is None else bias.to(dtype) * LOG2E,
+        problem.exclude_query,
+        problem.exclude_key,
+        problem.positive_query,
+        problem.positive_key,
+        problem.normalize,
         problem.symmetric,
         problem.precision,
         problem.columns,
     )
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()

@@ -131,9 +131,7 @@ def input_gradients(
     if needs.key and pairs.key is not None:
         factor = scale if problem.key_scale is None else scale * problem.key_scale.to(scale.dtype)[:, None]
         grad_key = side(problem.key, prepared.key, prepared.key_inverse, pairs.key * factor)
-    if needs.scale and pairs.scale is not None:
-        grad_scale = pairs.scale.reshape(()).to(problem.scale.dtype)
-    elif needs.scale and pairs.query is not None:
+    if needs.scale and pairs.query is not None:
         total = row_dot(prepared.query.double(), pairs.query).sum().to(problem.scale.dtype)
         grad_scale = total * 0.5 if problem.symmetric else total
     if needs.key_bias and problem.key_bias is not None and pairs.bias is not None:

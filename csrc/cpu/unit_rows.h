@@ -77,15 +77,17 @@ void add_parts(const Partials<T>& partials, int64_t i, T* sum) {
 }
 
 // Gradients of all rows: sum(i, row) adds up what input_gradient() takes, out(i) says where the gradient goes
-// (null: nowhere); `radial` (null: nowhere) receives what it returns.
+// (null: nowhere); `radial` (null: nowhere) receives what it returns. `factor` (null: 1): a scale per row,
+// too.
 template <class T, class Sum, class Out>
-void write_gradients(const UnitRows<T>& unit, T scale, const Sum& sum, const Out& out, T* radial) {
+void write_gradients(const UnitRows<T>& unit, T scale, const Sum& sum, const Out& out, T* radial,
+                     const T* factor = nullptr) {
   for_each_range(unit.count, kRowGrain, [&](int64_t begin, int64_t end, Scratch& scratch) {
     T* row = scratch.take<T>(kQuerySlot, unit.stride);
     for (int64_t i = begin; i < end; i++) {
       std::fill_n(row, unit.stride, T(0));
       sum(i, row);
-      const T dot = input_gradient(unit, i, scale, row);
+      const T dot = input_gradient(unit, i, factor ? scale * factor[i] : scale, row);
       if (radial) radial[i] = dot;
       if (T* to = out(i)) std::copy_n(row, unit.width, to);
     }

@@ -16,8 +16,8 @@ from fastcl.cli import main
 pytest.importorskip("fastcl.train")
 
 from fastcl.train import prepare
+from fastcl.train.data.loader import Loader
 from fastcl.train.evaluation import embed, knn_top1
-from fastcl.train.images import Loader
 from fastcl.train.settings import METHODS, defaults
 
 SMALL = ("train", "simclr", "--data", "digits", "--width", "4", "--batch-size", "256")

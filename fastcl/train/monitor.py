@@ -13,9 +13,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from fastcl.train.data import Source
+from fastcl.train.data.images import Images
+from fastcl.train.data.loader import Loader
+from fastcl.train.data.sources import Source
 from fastcl.train.evaluation import Features, embed, evaluate_linear, evaluate_neighbours
-from fastcl.train.images import Images, Loader
 from fastcl.train.method import Method
 from fastcl.train.pictures import Row
 

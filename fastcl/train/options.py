@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 import jsonargparse
 import yaml
 
-from fastcl.train.data import kind
+from fastcl.train.data.choice import kind
 from fastcl.train.settings import KINDS, METHODS, Settings, defaults
 
 # the name in --batch_size or --batch_size=64, as YAML and Python spell --batch-size

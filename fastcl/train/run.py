@@ -24,9 +24,10 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from fastcl.checks import check_choice
 from fastcl.train import checkpoints
-from fastcl.train.data import Source, kind, load
+from fastcl.train.data.choice import kind, load
+from fastcl.train.data.loader import Loader
+from fastcl.train.data.sources import Source
 from fastcl.train.encoders import make_encoder
-from fastcl.train.images import Loader
 from fastcl.train.method import Method
 from fastcl.train.moco import MoCHi, MoCo
 from fastcl.train.monitor import Bar, Lines, Monitor, SeedEpochs

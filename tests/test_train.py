@@ -17,7 +17,8 @@ pytest.importorskip("fastcl.train")
 
 from fastcl.train import prepare
 from fastcl.train.data.loader import Loader
-from fastcl.train.evaluation import embed, knn_top1
+from fastcl.train.evaluate.features import embed
+from fastcl.train.evaluate.neighbours import knn_top1
 from fastcl.train.settings import METHODS, defaults
 
 SMALL = ("train", "simclr", "--data", "digits", "--width", "4", "--batch-size", "256")

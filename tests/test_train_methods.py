@@ -19,8 +19,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from fastcl.train import MoCHi, MoCo, Optimization, SimCLR, SupCon, make_encoder, prepare
 from fastcl.train.batchnorm import SplitBatchNorm2d, encode_shuffled, split_batch_norm
 from fastcl.train.checkpoints import read_moco
-from fastcl.train.evaluation import Features, embed, knn_top1, knn_top1_few, linear_top1
-from fastcl.train.method import measure_pairs
+from fastcl.train.evaluate.features import Features, embed
+from fastcl.train.evaluate.linear import linear_top1
+from fastcl.train.evaluate.neighbours import knn_top1, knn_top1_few
+from fastcl.train.evaluate.pairs import measure_pairs
 
 
 def noisy(images: torch.Tensor) -> torch.Tensor:

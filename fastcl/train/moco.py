@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import fastcl
 from fastcl.train.batchnorm import encode_shuffled, split_batch_norm
 from fastcl.train.checkpoints import entries
-from fastcl.train.method import Batch, Method, measure_pairs, projection_head
+from fastcl.train.evaluate.pairs import measure_pairs
+from fastcl.train.method import Batch, Method, projection_head
 from fastcl.train.optimizers import Optimization
 
 _DEFAULT = Optimization("sgd", lr=0.03)

@@ -28,11 +28,11 @@ from fastcl.train.data.choice import kind, load
 from fastcl.train.data.loader import Loader
 from fastcl.train.data.sources import Source
 from fastcl.train.encoders import make_encoder
+from fastcl.train.evaluate.pictures import draw_curves, draw_embedding
 from fastcl.train.method import Method
 from fastcl.train.moco import MoCHi, MoCo
 from fastcl.train.monitor import Bar, Lines, Monitor, SeedEpochs
 from fastcl.train.optimizers import Optimization
-from fastcl.train.pictures import draw_curves, draw_embedding
 from fastcl.train.settings import METHODS, Settings, defaults
 from fastcl.train.simclr import SimCLR
 from fastcl.train.stopping import CleanStop

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import fastcl
-from fastcl.train.method import Batch, Method, measure_pairs, projection_head
+from fastcl.train.evaluate.pairs import measure_pairs
+from fastcl.train.method import Batch, Method, projection_head
 from fastcl.train.optimizers import Optimization
 
 _DEFAULT = Optimization("sgd", lr=0.5, warmup_epochs=10)

@@ -19,7 +19,7 @@ from fastcl.train import prepare
 from fastcl.train.data.loader import Loader
 from fastcl.train.evaluate.features import embed
 from fastcl.train.evaluate.neighbours import knn_top1
-from fastcl.train.settings import METHODS, defaults
+from fastcl.train.methods import METHODS
 
 SMALL = ("train", "simclr", "--data", "digits", "--width", "4", "--batch-size", "256")
 HEADER = (
@@ -188,7 +188,7 @@ class TestCommandLine:
             main(["train", method, "--help"])
         assert stop.value.code == 0
         output = capsys.readouterr().out
-        options = defaults(method, "digits")
+        options = METHODS[method].defaults("digits")
         for option in options:
             assert f"--{option.replace('_', '-')} " in output
         assert output.count("default:") == len(options)

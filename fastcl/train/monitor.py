@@ -20,7 +20,7 @@ from fastcl.train.evaluate.features import Features, embed
 from fastcl.train.evaluate.linear import evaluate_linear
 from fastcl.train.evaluate.neighbours import evaluate_neighbours
 from fastcl.train.evaluate.pictures import Row
-from fastcl.train.method import Method
+from fastcl.train.methods.base import Method
 
 _LOGGED = ("loss", "contrastive_top1", "alignment", "uniformity")
 _LINEAR = ("linear_top1", "linear_top1_10percent", "linear_top1_1percent")

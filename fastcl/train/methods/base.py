@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from fastcl.train.checkpoints import entries
 from fastcl.train.optimizers import Optimization
+from fastcl.train.settings import Settings
 
 Batch = Sequence[Any]
 _MEASURED_EVERY = 10  # steps
@@ -30,7 +32,12 @@ class Method(LightningModule):
         augment: a batch of images to a batch of random views of them; called once per view.
         temperature: of the loss.
         optimization: the optimizer and its schedule.
+
+    Attributes:
+        synchronizes_batch_norm: whether batch normalization is over all processes, where that can be done.
     """
+
+    synchronizes_batch_norm = True
 
     def __init__(
         self,
@@ -45,6 +52,16 @@ class Method(LightningModule):
         self.augment = augment
         self.temperature = temperature
         self.optimization = optimization
+
+    @classmethod
+    def own_options(cls, settings: Settings) -> dict[str, Any]:
+        """The options in ``settings`` that not every method has, as arguments of the constructor.
+
+        Raises:
+            ValueError: they do not go together with the others.
+        """
+        shared = {option.name for option in fields(Settings)}
+        return {name: value for name, value in asdict(settings).items() if name not in shared}
 
     @property
     def group(self) -> dist.ProcessGroup | None:

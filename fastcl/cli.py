@@ -9,13 +9,6 @@ from pathlib import Path
 
 import fastcl
 
-_METHODS = {
-    "simclr": "two views of an image find each other among the batch (Chen et al. 2020)",
-    "moco": "MoCo v2: a view finds its key among a queue of earlier keys (He et al. 2020)",
-    "mochi": "MoCo v2 with mixed hard negatives (Kalantidis et al. 2020)",
-    "supcon": "views of one class find each other among the batch (Khosla et al. 2020)",
-}
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; ``arguments`` are those of the process by default."""
@@ -41,20 +34,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _train(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        "fastcl train",
-        description="Train an encoder. 'fastcl train METHOD --help' lists the method's options.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        exit_on_error=False,
-        epilog="methods:\n" + "\n".join(f"  {name:8} {text}" for name, text in _METHODS.items()),
-    )
-    parser.add_argument("method", choices=_METHODS, metavar="METHOD", help="simclr, moco, mochi or supcon")
     try:
-        method = parser.parse_args(arguments[:1]).method  # what follows is the method's own, --help too
+        from fastcl.train.methods import METHODS
         from fastcl.train.options import parse
         from fastcl.train.run import prepare
         from fastcl.train.stopping import RunStoppedError
 
+        *names, last = METHODS
+        width = 2 + max(map(len, METHODS))
+        parser = argparse.ArgumentParser(
+            "fastcl train",
+            description="Train an encoder. 'fastcl train METHOD --help' lists the method's options.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            exit_on_error=False,
+            epilog="methods:\n" + "\n".join(f"  {name:{width}} {x.summary}" for name, x in METHODS.items()),
+        )
+        parser.add_argument("method", choices=METHODS, metavar="METHOD", help=f"{', '.join(names)} or {last}")
+        method = parser.parse_args(arguments[:1]).method  # what follows is the method's own, --help too
         run = prepare(method, **parse(method, arguments[1:]))
         try:
             run.fit()

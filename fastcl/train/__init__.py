@@ -7,12 +7,13 @@ try:
 
     from fastcl.train.checkpoints import export
     from fastcl.train.encoders import make_encoder
-    from fastcl.train.moco import MoCHi, MoCo
+    from fastcl.train.methods.mochi import MoCHi
+    from fastcl.train.methods.moco import MoCo
+    from fastcl.train.methods.simclr import SimCLR
+    from fastcl.train.methods.supcon import SupCon
     from fastcl.train.optimizers import Optimization
     from fastcl.train.run import Run, prepare
-    from fastcl.train.simclr import SimCLR
     from fastcl.train.stopping import RunStoppedError
-    from fastcl.train.supcon import SupCon
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"fastcl.train needs {error.name}: pip install 'fastcl[train]'") from error
 

@@ -13,11 +13,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from fastcl.train.data import Source
-from fastcl.train.evaluation import Features, embed, evaluate_linear, evaluate_neighbours
-from fastcl.train.images import Images, Loader
-from fastcl.train.method import Method
-from fastcl.train.pictures import Row
+from fastcl.train.data.images import Images
+from fastcl.train.data.loader import Loader
+from fastcl.train.data.sources import Source
+from fastcl.train.evaluate.features import Features, embed
+from fastcl.train.evaluate.linear import evaluate_linear
+from fastcl.train.evaluate.neighbours import evaluate_neighbours
+from fastcl.train.evaluate.pictures import Row
+from fastcl.train.methods.base import Method
 
 _LOGGED = ("loss", "contrastive_top1", "alignment", "uniformity")
 _LINEAR = ("linear_top1", "linear_top1_10percent", "linear_top1_1percent")

@@ -11,8 +11,9 @@ from typing import Any, get_args, get_type_hints
 import jsonargparse
 import yaml
 
-from fastcl.train.data import kind
-from fastcl.train.settings import KINDS, METHODS, Settings, defaults
+from fastcl.train.data.choice import kind
+from fastcl.train.methods import METHODS
+from fastcl.train.settings import KINDS, Settings
 
 # the name in --batch_size or --batch_size=64, as YAML and Python spell --batch-size
 _OPTION = re.compile(r"(?<=^--)[^=]+")
@@ -30,7 +31,7 @@ def parse(method: str, arguments: Sequence[str]) -> dict[str, Any]:
         arguments[arguments.index("--resume")] = "--resume=true"
     parser = _parser(method, kind(_data(arguments)))
     options = parser.parse_args(arguments)
-    return {field.name: _plain(options[field.name]) for field in fields(METHODS[method])}
+    return {field.name: _plain(options[field.name]) for field in fields(METHODS[method].settings)}
 
 
 def _plain(value: Any) -> Any:
@@ -62,9 +63,10 @@ def _parser(method: str, kind_of_data: str) -> jsonargparse.ArgumentParser:
         f"config.yaml and {method}.ckpt. Defaults are those for --data, here {kind_of_data} images.",
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options.")
-    recipes = {of: defaults(method, of) for of in KINDS}
-    types = get_type_hints(METHODS[method], include_extras=True)
-    for field in fields(METHODS[method]):
+    settings = METHODS[method].settings
+    recipes = {of: METHODS[method].defaults(of) for of in KINDS}
+    types = get_type_hints(settings, include_extras=True)
+    for field in fields(settings):
         values = [recipe[field.name] for recipe in recipes.values()]
         type_, help = get_args(types[field.name])
         if any(value != values[0] for value in values):

@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +24,19 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from fastcl.checks import check_choice
 from fastcl.train import checkpoints
-from fastcl.train.data import Source, kind, load
+from fastcl.train.data.choice import kind, load
+from fastcl.train.data.loader import Loader
+from fastcl.train.data.sources import Source
 from fastcl.train.encoders import make_encoder
-from fastcl.train.images import Loader
-from fastcl.train.method import Method
-from fastcl.train.moco import MoCHi, MoCo
+from fastcl.train.evaluate.pictures import draw_curves, draw_embedding
+from fastcl.train.methods import METHODS
+from fastcl.train.methods.base import Method
 from fastcl.train.monitor import Bar, Lines, Monitor, SeedEpochs
 from fastcl.train.optimizers import Optimization
-from fastcl.train.pictures import draw_curves, draw_embedding
-from fastcl.train.settings import METHODS, Settings, defaults
-from fastcl.train.simclr import SimCLR
+from fastcl.train.settings import Settings
 from fastcl.train.stopping import CleanStop
-from fastcl.train.supcon import SupCon
 from fastcl.train.times import StepTimes
 
-_METHODS: dict[str, Callable[..., Method]] = {
-    "simclr": SimCLR,
-    "moco": MoCo,
-    "mochi": MoCHi,
-    "supcon": SupCon,
-}
 _MAY_CHANGE = {
     "out", "resume", "init", "workers", "max_unreadable", "download_dir", "evaluate_every",
     "accelerator", "devices", "precision",
@@ -51,10 +44,10 @@ _MAY_CHANGE = {
 
 
 def prepare(method: str, **options: Any) -> Run:
-    """A run of ``method`` ('simclr', 'moco', 'mochi', 'supcon'), checked and ready to :meth:`Run.fit`.
+    """A run of ``method``, checked and ready to :meth:`Run.fit`.
 
     Args:
-        method: the method.
+        method: its name, one of those that ``fastcl train --help`` lists.
         **options: those of ``fastcl train METHOD --help``; the others take the recipe's defaults.
 
     Raises:
@@ -64,8 +57,8 @@ def prepare(method: str, **options: Any) -> Run:
     """
     check_choice("method", method, tuple(METHODS))
     data = str(options.get("data", Settings.data))
-    settings = METHODS[method](**{**defaults(method, kind(data)), **options})
-    return Run(method, settings)
+    chosen = METHODS[method]
+    return Run(method, chosen.settings(**{**chosen.defaults(kind(data)), **options}))
 
 
 @dataclass(eq=False)
@@ -174,8 +167,8 @@ class Run:
                 precision=settings.precision,  # type: ignore[arg-type]
                 # each rank keeps its own running statistics; rank 0's are saved
                 strategy=DDPStrategy(broadcast_buffers=False) if several else "auto",
-                # MoCo shuffles instead; PyTorch's synchronized batch normalization needs a GPU
-                sync_batchnorm=several and not cpu and not isinstance(self.method, MoCo),
+                # PyTorch's synchronized batch normalization needs a GPU
+                sync_batchnorm=several and not cpu and self.method.synchronizes_batch_norm,
                 use_distributed_sampler=False,
                 plugins=[checkpoints.AtomicCheckpointIO()],
                 callbacks=[SeedEpochs(settings.seed), stop, monitor, saving, progress],
@@ -249,22 +242,16 @@ def _method(name: str, settings: Settings, source: Source, optimization: Optimiz
     encoder, features = make_encoder(
         settings.arch, source.image_size, width=settings.width, in_channels=source.channels
     )
-    shared = {field.name for field in fields(Settings)}
-    own = {option: value for option, value in asdict(settings).items() if option not in shared}
-    if settings.devices > 1 and "bn_splits" in own:
-        own["bn_splits"] = 1  # keys are shuffled over the processes instead
-    if settings.batch_size % own.get("bn_splits", 1) != 0:
-        raise ValueError(
-            f"batch_size must be a multiple of bn_splits = {own['bn_splits']}, got {settings.batch_size}"
-        )
-    return _METHODS[name](
+    trainer = METHODS[name].trainer
+    make: Callable[..., Method] = trainer
+    return make(
         encoder,
         features,
         source.augment,
         dim=settings.dim,
         temperature=settings.temperature,
         optimization=optimization,
-        **own,
+        **trainer.own_options(settings),
     )
 
 

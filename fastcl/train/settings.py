@@ -1,8 +1,9 @@
-"""The options of a run, and their defaults by method and by kind of images."""
+"""The options that every run has, and their defaults by kind of images."""
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,34 +66,8 @@ class Settings:
     seed: Annotated[NonNegativeInt, "Seed of the initial weights, the batches and the views."] = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class MoCoSettings(Settings):
-    """MoCo's own."""
-
-    queue_size: Annotated[PositiveInt, "Keys in the queue."]
-    momentum: Annotated[ClosedUnitInterval, "Momentum of the key encoder."]
-    bn_splits: Annotated[PositiveInt, "Parts of the batch for batch normalization in a single process."] = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class MoCHiSettings(MoCoSettings):
-    """MoCHi's own."""
-
-    n_hard: Annotated[PositiveInt, "The queue's most similar keys that are mixed from."]
-    n_mix: Annotated[NonNegativeInt, "Mixtures of two of them, per query."]
-    n_query_mix: Annotated[NonNegativeInt, "Mixtures of one of them with the query, per query."]
-    mix_from_epoch: Annotated[NonNegativeInt, "Plain MoCo before this epoch."]
-
-
-METHODS: dict[str, type[Settings]] = {
-    "simclr": Settings,
-    "moco": MoCoSettings,
-    "mochi": MoCHiSettings,
-    "supcon": Settings,
-}
-
-# what the kinds of images have in common; the papers' settings, by method, follow
-_IMAGES: dict[str, dict[str, Any]] = {
+# the kinds of images, and the defaults for each that methods have in common
+KINDS: Mapping[str, Mapping[str, Any]] = {
     "digits": {
         **{"arch": "resnet8", "dim": 64, "temperature": 0.3, "epochs": 40, "batch_size": 128},
         **{"optimizer": "adamw", "lr": 4e-3, "weight_decay": 1e-4, "warmup_epochs": 0},
@@ -104,53 +79,3 @@ _IMAGES: dict[str, dict[str, Any]] = {
     },
     "large": {"arch": "resnet50", "dim": 128, "neighbours": 200, "evaluate_every": 10},
 }
-_MOCO_V2 = {"temperature": 0.2, "optimizer": "sgd", "weight_decay": 1e-4, "momentum": 0.999}
-_MOCHI = {"n_hard": 1024, "n_mix": 512, "n_query_mix": 256, "mix_from_epoch": 10}
-_RECIPES: dict[str, dict[str, dict[str, Any]]] = {
-    "simclr": {
-        "digits": {},
-        "small": {"temperature": 0.5, "optimizer": "lars", "lr": 1.0, "weight_decay": 1e-6},
-        "large": {
-            **{"temperature": 0.1, "optimizer": "lars", "lr": 0.3, "weight_decay": 1e-6},
-            **{"epochs": 100, "batch_size": 4096, "warmup_epochs": 10},
-            **{"crop_min": 0.08, "jitter": 0.8, "blur": True},
-        },
-    },
-    "moco": {
-        "digits": {"queue_size": 1024, "momentum": 0.99},
-        "small": {**_MOCO_V2, "lr": 0.03, "queue_size": 4096, "momentum": 0.99, "warmup_epochs": 0},
-        "large": {
-            **_MOCO_V2,
-            **{"lr": 0.03, "queue_size": 65536, "epochs": 200, "batch_size": 256, "warmup_epochs": 0},
-            **{"crop_min": 0.2, "jitter": 0.4, "blur": True},
-        },
-    },
-    "supcon": {
-        "digits": {},
-        "small": {"temperature": 0.1, "optimizer": "sgd", "lr": 0.125, "weight_decay": 1e-4},
-        "large": {
-            **{"temperature": 0.1, "optimizer": "lars", "lr": 0.3, "weight_decay": 1e-6},
-            **{"epochs": 350, "batch_size": 2048, "warmup_epochs": 10},
-            **{"crop_min": 0.08, "jitter": 0.8, "blur": True},
-        },
-    },
-}
-_RECIPES["mochi"] = {
-    "digits": {
-        **_RECIPES["moco"]["digits"],
-        "n_hard": 64,
-        "n_mix": 32,
-        "n_query_mix": 16,
-        "mix_from_epoch": 5,
-    },
-    "small": {**_RECIPES["moco"]["small"], **_MOCHI},
-    "large": {**_RECIPES["moco"]["large"], **_MOCHI},
-}
-
-KINDS = tuple(_IMAGES)
-
-
-def defaults(method: str, kind: str) -> dict[str, Any]:
-    """The default of every option of ``method`` on images of ``kind`` ('digits', 'small', 'large')."""
-    own = {option.name: option.default for option in fields(METHODS[method]) if option.default is not MISSING}
-    return {**own, **_IMAGES[kind], **_RECIPES[method][kind]}

@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from fastcl.train.images import TooManyUnreadableError
+from fastcl.train.data.images import TooManyUnreadableError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

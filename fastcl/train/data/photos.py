@@ -1,14 +1,12 @@
-"""Random views of images, drawn for a whole batch on its device."""
+"""Random views of photos, drawn for a whole batch on its device."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import kornia.augmentation as K
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import affine_grid, grid_sample
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights expect
 
@@ -57,36 +55,3 @@ def photo_augmentation(
             return normalize(draw(_as_float(images)))
 
     return augment
-
-
-def augment_digits(images: Tensor) -> Tensor:
-    """Random views of small glyphs: warped, thinned or fattened, partly erased, noisy.
-
-    Nothing is mirrored: a flipped 2 is no longer a 2.
-    """
-    count = len(images)
-
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.empty(count, device=images.device).uniform_(low, high)
-
-    angle = uniform(-math.radians(25), math.radians(25))
-    shear = uniform(-0.25, 0.25)
-    width, height = uniform(-0.2, 0.2).exp(), uniform(-0.2, 0.2).exp()
-    shift_x, shift_y = uniform(-0.2, 0.2), uniform(-0.2, 0.2)
-    cosine, sine = angle.cos(), angle.sin()
-    warp = torch.stack(
-        [
-            torch.stack([cosine * width, cosine * shear - sine * height, shift_x], dim=1),
-            torch.stack([sine * width, sine * shear + cosine * height, shift_y], dim=1),
-        ],
-        dim=1,
-    )  # [N, 2, 3]
-    grid = affine_grid(warp, list(images.shape), align_corners=False)
-    views = grid_sample(images, grid, align_corners=False).clamp(0, 1)
-    gamma, contrast = uniform(-0.4, 0.4).exp(), uniform(0.6, 1.0)
-    views = contrast[:, None, None, None] * views ** gamma[:, None, None, None]
-    row, column = uniform(0, 7).round()[:, None, None], uniform(0, 7).round()[:, None, None]
-    pixel = torch.arange(8, device=images.device)
-    patch = ((pixel[:, None] - row).abs() <= 1) & ((pixel - column).abs() <= 1)  # [N, 8, 8]
-    erased = patch & (uniform(0, 1) < 0.3)[:, None, None]
-    return views.masked_fill(erased[:, None], 0) + 0.1 * torch.randn_like(views)

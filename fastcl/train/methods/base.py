@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-import fastcl
 from fastcl.train.checkpoints import entries
 from fastcl.train.optimizers import Optimization
+from fastcl.train.settings import Settings
 
 Batch = Sequence[Any]
 _MEASURED_EVERY = 10  # steps
@@ -31,7 +32,12 @@ class Method(LightningModule):
         augment: a batch of images to a batch of random views of them; called once per view.
         temperature: of the loss.
         optimization: the optimizer and its schedule.
+
+    Attributes:
+        synchronizes_batch_norm: whether batch normalization is over all processes, where that can be done.
     """
+
+    synchronizes_batch_norm = True
 
     def __init__(
         self,
@@ -46,6 +52,16 @@ class Method(LightningModule):
         self.augment = augment
         self.temperature = temperature
         self.optimization = optimization
+
+    @classmethod
+    def own_options(cls, settings: Settings) -> dict[str, Any]:
+        """The options in ``settings`` that not every method has, as arguments of the constructor.
+
+        Raises:
+            ValueError: they do not go together with the others.
+        """
+        shared = {option.name for option in fields(Settings)}
+        return {name: value for name, value in asdict(settings).items() if name not in shared}
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -85,35 +101,3 @@ def projection_head(features: int, dim: int, *, batch_norm: bool) -> nn.Sequenti
     """Two layers from ``features`` to ``dim``, the hidden one as wide as the features."""
     norm = [nn.BatchNorm1d(features)] if batch_norm else []
     return nn.Sequential(nn.Linear(features, features), *norm, nn.ReLU(), nn.Linear(features, dim))
-
-
-@torch.no_grad()
-def measure_pairs(query: Tensor, key: Tensor, negatives: Tensor | None = None) -> dict[str, Tensor]:
-    """How good the pairs (query_i, key_i) of a batch are.
-
-    Args:
-        query: (N, D) embeddings, any floating dtype.
-        key: (N, D), same dtype.
-        negatives: (M, D) unit rows; None: the other rows of ``query`` and ``key``.
-
-    Returns:
-        ``contrastive_top1``, the share of queries nearer to their key than to any negative;
-        ``alignment``, the pairs' mean squared distance, and ``uniformity``, the log of the mean of
-        ``exp(-2 distance^2)`` over the queries (Wang and Isola 2020, https://arxiv.org/abs/2005.10242).
-    """
-    query, key = (nn.functional.normalize(x.float(), dim=1) for x in (query, key))
-    ids = torch.arange(len(query), device=query.device)
-    others = fastcl.similarity_stats(query, query, scale=4.0, rule=fastcl.PairRule(exclude=(ids, ids)))
-    if negatives is None:
-        both, both_ids = torch.cat([query, key]), ids.repeat(2)
-        rule = fastcl.PairRule(exclude=(ids, both_ids))
-        hardest = fastcl.similarity_stats(query, both, rule=rule).max_neg
-    else:
-        hardest = fastcl.similarity_stats(query, negatives.to(query.dtype)).max_neg
-    similarity = (query * key).sum(dim=1)
-    count = torch.tensor(float(len(query) * max(1, len(query) - 1)), device=query.device)
-    return {
-        "contrastive_top1": (similarity > hardest).float().mean(),
-        "alignment": (2 - 2 * similarity).mean(),
-        "uniformity": others.lse_neg.logsumexp(dim=0) - count.log() - 4,
-    }

@@ -8,12 +8,25 @@ import torch
 from torch import Tensor, nn
 
 import fastcl
-from fastcl.train.method import Batch, Method, measure_pairs, projection_head
+from fastcl.train.evaluate.pairs import measure_pairs
+from fastcl.train.methods.base import Batch, Method, projection_head
+from fastcl.train.methods.registry import Recipe, register
 from fastcl.train.optimizers import Optimization
 
 _DEFAULT = Optimization("sgd", lr=0.5, warmup_epochs=10)
 
+_RECIPE: Recipe = {
+    "digits": {},
+    "small": {"temperature": 0.1, "optimizer": "sgd", "lr": 0.125, "weight_decay": 1e-4},
+    "large": {
+        **{"temperature": 0.1, "optimizer": "lars", "lr": 0.3, "weight_decay": 1e-6},
+        **{"epochs": 350, "batch_size": 2048, "warmup_epochs": 10},
+        **{"crop_min": 0.08, "jitter": 0.8, "blur": True},
+    },
+}
 
+
+@register("supcon", "views of one class find each other among the batch (Khosla et al. 2020)", recipe=_RECIPE)
 class SupCon(Method):
     """SupCon: views of the same class must find each other among all views of the batch.
 

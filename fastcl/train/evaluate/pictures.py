@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from sklearn.manifold import TSNE
 
-from fastcl.train.evaluation import Features
+from fastcl.train.evaluate.features import Features
 
 Row = dict[str, float]
 _POINTS = 2000

@@ -1,19 +1,17 @@
-"""Labelled images as the loaders see them: in memory, or read from files by worker processes."""
+"""Labelled images, one batch at a time: in memory, or read from files by worker processes."""
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import Dataset, default_collate
 
 _READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
@@ -144,55 +142,6 @@ def read_image(path: Path, size: int | None = None) -> Image.Image | Problem:
     return image if size is None or image.size == (size, size) else ImageOps.fit(image, (size, size))
 
 
-class Loader:
-    """Batches (images, labels) of a data set: shuffled and whole for training, all in order otherwise.
-
-    The order of an epoch depends on ``seed`` and the epoch only; ranks share its batches.
-
-    Args:
-        images: the data set.
-        batch_size: images per batch, on this rank.
-        unreadable: told of files that could not be read.
-        seed: of the order; None: in order.
-        rank: of this process among ``ranks``.
-        ranks: how many processes share the data set.
-    """
-
-    def __init__(
-        self,
-        images: Images,
-        batch_size: int,
-        unreadable: Unreadable,
-        *,
-        seed: int | None = None,
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> None:
-        self.sampler: DistributedSampler[Any] | None = None  # Lightning tells it the epoch
-        if seed is not None:
-            self.sampler = DistributedSampler(images, ranks, rank, shuffle=True, seed=seed, drop_last=True)
-        self.batches: DataLoader[Any] = DataLoader(
-            images,
-            batch_size,
-            sampler=self.sampler,
-            drop_last=seed is not None,
-            num_workers=images.workers,
-            collate_fn=images.collate,  # type: ignore[arg-type]
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_ignore_interrupt,
-        )
-        self.unreadable = unreadable
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels, problems in self.batches:
-            self.unreadable.report(problems)
-            yield images, labels
-
-
-def _ignore_interrupt(worker: int) -> None:
-    """An interrupt from the keyboard reaches the workers too, but it is the main process that ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def grey_to_rgb(images: Tensor) -> Tensor:
+    """Images (N, H, W) as (N, 3, H, W), without a copy."""
+    return images[:, None].expand(-1, 3, -1, -1)

@@ -1,22 +1,54 @@
-"""MoCo v2, the whole method, and MoCHi on top of it."""
+"""MoCo v2, the whole method."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
+from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 from torch import Tensor, nn
 
 import fastcl
 from fastcl.train.batchnorm import encode_shuffled, split_batch_norm
 from fastcl.train.checkpoints import entries
-from fastcl.train.method import Batch, Method, measure_pairs, projection_head
+from fastcl.train.evaluate.pairs import measure_pairs
+from fastcl.train.methods.base import Batch, Method, projection_head
+from fastcl.train.methods.registry import Recipe, register
 from fastcl.train.optimizers import Optimization
+from fastcl.train.settings import Settings
 
 _DEFAULT = Optimization("sgd", lr=0.03)
 
 
+@dataclass(frozen=True, kw_only=True)
+class MoCoSettings(Settings):
+    """MoCo's own."""
+
+    queue_size: Annotated[PositiveInt, "Keys in the queue."]
+    momentum: Annotated[ClosedUnitInterval, "Momentum of the key encoder."]
+    bn_splits: Annotated[PositiveInt, "Parts of the batch for batch normalization in a single process."] = 8
+
+
+_MOCO_V2 = {"temperature": 0.2, "optimizer": "sgd", "weight_decay": 1e-4, "momentum": 0.999}
+RECIPE: Recipe = {
+    "digits": {"queue_size": 1024, "momentum": 0.99},
+    "small": {**_MOCO_V2, "lr": 0.03, "queue_size": 4096, "momentum": 0.99, "warmup_epochs": 0},
+    "large": {
+        **_MOCO_V2,
+        **{"lr": 0.03, "queue_size": 65536, "epochs": 200, "batch_size": 256, "warmup_epochs": 0},
+        **{"crop_min": 0.2, "jitter": 0.4, "blur": True},
+    },
+}
+
+
+@register(
+    "moco",
+    "MoCo v2: a view finds its key among a queue of earlier keys (He et al. 2020)",
+    settings=MoCoSettings,
+    recipe=RECIPE,
+)
 class MoCo(Method):
     """MoCo v2: a view must find the key of its other view among a queue of earlier keys.
 
@@ -36,6 +68,8 @@ class MoCo(Method):
         bn_splits: parts of the batch for batch normalization; 1: the encoder's own.
         optimization: the optimizer and its schedule.
     """
+
+    synchronizes_batch_norm = False  # keys are shuffled instead
 
     def __init__(
         self,
@@ -57,6 +91,17 @@ class MoCo(Method):
         self.key_encoder = deepcopy(self.query_encoder).requires_grad_(False)
         self.queue = fastcl.NegativeQueue(queue_size, dim)
         self.momentum = momentum
+
+    @classmethod
+    def own_options(cls, settings: Settings) -> dict[str, Any]:
+        own = super().own_options(settings)
+        if settings.devices > 1:
+            own["bn_splits"] = 1  # keys are shuffled over the processes instead
+        if settings.batch_size % own["bn_splits"] != 0:
+            raise ValueError(
+                f"batch_size must be a multiple of bn_splits = {own['bn_splits']}, got {settings.batch_size}"
+            )
+        return own
 
     @property
     def query_encoder(self) -> nn.Sequential:
@@ -88,51 +133,3 @@ class MoCo(Method):
             self.key_encoder[1].load_state_dict(entries(state, "encoder_k.fc."))
         if "queue" in state:
             self.queue.load_moco_state_dict(state)
-
-
-class MoCHi(MoCo):
-    """MoCHi: MoCo v2 with negatives mixed from each query's hardest ones.
-
-    Kalantidis et al. 2020, https://arxiv.org/abs/2010.01028.
-
-    Args:
-        encoder: images to features (N, features); what is kept after training.
-        features: width of the encoder's output.
-        augment: a batch of images to a batch of random views of them; called once per view.
-        n_hard: how many of the queue's most similar keys are mixed from.
-        n_mix: mixtures of two of them, per query.
-        n_query_mix: mixtures of one of them with the query, per query.
-        mix_from_epoch: plain MoCo before this epoch.
-        **moco: the other arguments of :class:`MoCo`.
-    """
-
-    def __init__(
-        self,
-        encoder: nn.Module,
-        features: int,
-        augment: Callable[[Tensor], Tensor],
-        *,
-        n_hard: int = 1024,
-        n_mix: int = 512,
-        n_query_mix: int = 256,
-        mix_from_epoch: int = 10,
-        **moco: Any,
-    ) -> None:
-        super().__init__(encoder, features, augment, **moco)
-        self.n_hard = n_hard
-        self.n_mix = n_mix
-        self.n_query_mix = n_query_mix
-        self.mix_from_epoch = mix_from_epoch
-
-    def loss(self, query: Tensor, key: Tensor) -> Tensor:
-        if self.current_epoch < self.mix_from_epoch:
-            return super().loss(query, key)
-        return fastcl.mochi_loss(
-            query,
-            key,
-            self.queue,
-            temperature=self.temperature,
-            n_hard=self.n_hard,
-            n_mix=self.n_mix,
-            n_query_mix=self.n_query_mix,
-        )

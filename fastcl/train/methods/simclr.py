@@ -8,12 +8,27 @@ import torch
 from torch import Tensor, nn
 
 import fastcl
-from fastcl.train.method import Batch, Method, measure_pairs, projection_head
+from fastcl.train.evaluate.pairs import measure_pairs
+from fastcl.train.methods.base import Batch, Method, projection_head
+from fastcl.train.methods.registry import Recipe, register
 from fastcl.train.optimizers import Optimization
 
 _DEFAULT = Optimization("lars", lr=4.8, weight_decay=1e-6, warmup_epochs=10)
 
+_RECIPE: Recipe = {
+    "digits": {},
+    "small": {"temperature": 0.5, "optimizer": "lars", "lr": 1.0, "weight_decay": 1e-6},
+    "large": {
+        **{"temperature": 0.1, "optimizer": "lars", "lr": 0.3, "weight_decay": 1e-6},
+        **{"epochs": 100, "batch_size": 4096, "warmup_epochs": 10},
+        **{"crop_min": 0.08, "jitter": 0.8, "blur": True},
+    },
+}
 
+
+@register(
+    "simclr", "two views of an image find each other among the batch (Chen et al. 2020)", recipe=_RECIPE
+)
 class SimCLR(Method):
     """SimCLR: two random views of each image must find each other among all views of the batch.
 

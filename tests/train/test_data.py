@@ -15,9 +15,11 @@ from fastcl.cli import main
 pytest.importorskip("fastcl.train")
 
 from fastcl.train import RunStoppedError, prepare
-from fastcl.train.augment import augment_digits, photo_augmentation
-from fastcl.train.data import kind
-from fastcl.train.images import Loader, MemoryImages, Unreadable
+from fastcl.train.data.choice import kind
+from fastcl.train.data.digits import augment_digits
+from fastcl.train.data.images import MemoryImages, Unreadable
+from fastcl.train.data.loader import Loader
+from fastcl.train.data.photos import photo_augmentation
 
 TINY = {"arch": "resnet8", "width": 4, "epochs": 1, "batch_size": 8, "workers": 0, "evaluate_every": 1}
 

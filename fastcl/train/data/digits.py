@@ -1,0 +1,64 @@
+"""scikit-learn's handwritten digits, the source that is always there, and views of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
+
+from fastcl.train.data.images import MemoryImages
+from fastcl.train.data.sources import Source, in_memory
+from fastcl.train.settings import Settings
+
+
+def read_digits(settings: Settings) -> Source:
+    """scikit-learn's 1797 real handwritten digits, 8x8 pixels, a fifth of them for testing."""
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 16
+    classes = torch.from_numpy(labels)
+    train, test = (
+        MemoryImages(images[part], classes[part])
+        for part in train_test_split(
+            torch.arange(len(images)), test_size=0.2, stratify=labels, random_state=0, shuffle=True
+        )
+    )
+    source = in_memory(settings, train, test)
+    return replace(source, augment=augment_digits, normalize=lambda images: images)
+
+
+def augment_digits(images: Tensor) -> Tensor:
+    """Random views of small glyphs: warped, thinned or fattened, partly erased, noisy.
+
+    Nothing is mirrored: a flipped 2 is no longer a 2.
+    """
+    count = len(images)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(count, device=images.device).uniform_(low, high)
+
+    angle = uniform(-math.radians(25), math.radians(25))
+    shear = uniform(-0.25, 0.25)
+    width, height = uniform(-0.2, 0.2).exp(), uniform(-0.2, 0.2).exp()
+    shift_x, shift_y = uniform(-0.2, 0.2), uniform(-0.2, 0.2)
+    cosine, sine = angle.cos(), angle.sin()
+    warp = torch.stack(
+        [
+            torch.stack([cosine * width, cosine * shear - sine * height, shift_x], dim=1),
+            torch.stack([sine * width, sine * shear + cosine * height, shift_y], dim=1),
+        ],
+        dim=1,
+    )  # [N, 2, 3]
+    grid = affine_grid(warp, list(images.shape), align_corners=False)
+    views = grid_sample(images, grid, align_corners=False).clamp(0, 1)
+    gamma, contrast = uniform(-0.4, 0.4).exp(), uniform(0.6, 1.0)
+    views = contrast[:, None, None, None] * views ** gamma[:, None, None, None]
+    row, column = uniform(0, 7).round()[:, None, None], uniform(0, 7).round()[:, None, None]
+    pixel = torch.arange(8, device=images.device)
+    patch = ((pixel[:, None] - row).abs() <= 1) & ((pixel - column).abs() <= 1)  # [N, 8, 8]
+    erased = patch & (uniform(0, 1) < 0.3)[:, None, None]
+    return views.masked_fill(erased[:, None], 0) + 0.1 * torch.randn_like(views)

@@ -1,0 +1,68 @@
+"""Batches of labelled images, in an order that the seed and the epoch determine."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+
+from fastcl.train.data.images import Images, Unreadable
+
+
+class Loader:
+    """Batches (images, labels) of a data set: shuffled and whole for training, all in order otherwise.
+
+    The order of an epoch depends on ``seed`` and the epoch only; ranks share its batches.
+
+    Args:
+        images: the data set.
+        batch_size: images per batch, on this rank.
+        unreadable: told of files that could not be read.
+        seed: of the order; None: in order.
+        rank: of this process among ``ranks``.
+        ranks: how many processes share the data set.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        batch_size: int,
+        unreadable: Unreadable,
+        *,
+        seed: int | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        self.sampler: DistributedSampler[Any] | None = None  # Lightning tells it the epoch
+        if seed is not None:
+            self.sampler = DistributedSampler(images, ranks, rank, shuffle=True, seed=seed, drop_last=True)
+        self.batches: DataLoader[Any] = DataLoader(
+            images,
+            batch_size,
+            sampler=self.sampler,
+            drop_last=seed is not None,
+            num_workers=images.workers,
+            collate_fn=images.collate,  # type: ignore[arg-type]
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_ignore_interrupt,
+        )
+        self.unreadable = unreadable
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels, problems in self.batches:
+            self.unreadable.report(problems)
+            yield images, labels
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """An interrupt from the keyboard reaches the workers too, but it is the main process that ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

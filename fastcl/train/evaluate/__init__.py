@@ -1,0 +1,1 @@
+"""How good an encoder is: neighbours, linear classifiers and pairs of views, and pictures of them."""

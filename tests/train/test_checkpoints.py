@@ -1,0 +1,61 @@
+"""Checkpoints that are exported for torchvision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fastcl.cli import main
+
+pytest.importorskip("fastcl.train")  # makes torchvision importable
+
+import torchvision
+
+from fastcl.train import MoCo, SimCLR, make_encoder
+
+
+class TestExport:
+    @pytest.mark.parametrize("size", [32, 224])
+    def test_torchvision_loads_it(
+        self, size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        encoder, features = make_encoder("resnet18", size)
+        method = MoCo(encoder, features, nn.Identity(), queue_size=8, bn_splits=2)
+        torch.save({"state_dict": method.state_dict()}, tmp_path / "moco.ckpt")
+        main(["export", str(tmp_path / "moco.ckpt"), str(tmp_path / "resnet18.pt")])
+        said = capsys.readouterr().out
+        model = torchvision.models.resnet18()
+        if size == 32:
+            assert "3x3 stem" in said
+            model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            model.maxpool = nn.Identity()
+        else:
+            assert "standard stem" in said
+        model.load_state_dict(torch.load(tmp_path / "resnet18.pt", weights_only=True))
+        model.fc = nn.Identity()
+        images = torch.randn(2, 3, 64, 64)
+        assert model.eval()(images).isclose(encoder.eval()(images), atol=1e-5).all()
+
+    def test_what_cannot_be_exported_is_said_in_one_line(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        encoder, features = make_encoder("resnet8", 8, width=4)
+        torch.save(
+            {"state_dict": SimCLR(encoder, features, nn.Identity()).state_dict()}, tmp_path / "small.ckpt"
+        )
+        (tmp_path / "text.ckpt").write_text("no checkpoint")
+        cases = (
+            ("missing.ckpt", "cannot read the checkpoint"),
+            ("text.ckpt", "is not a checkpoint"),
+            ("small.ckpt", "holds no encoder of resnet18"),
+        )
+        for name, expected in cases:
+            with pytest.raises(SystemExit) as stop:
+                main(["export", str(tmp_path / name), str(tmp_path / "out.pt")])
+            assert stop.value.code == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert expected in line
+        assert not (tmp_path / "out.pt").exists()

@@ -28,11 +28,7 @@ def stats_backward(
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
     """As :func:`fastcl.chunked.stats_backward`."""
-    wanted = (
-        needs.query or (problem.symmetric and needs.key),
-        needs.key and not problem.symmetric,
-        *needs[2:],
-    )
+    wanted = needs._replace(key=needs.key and not problem.symmetric)
     bits = sum(bit << i for i, bit in enumerate(wanted))
     grads = _native.stats_backward(
         *_native_problem(problem), grad_rows, row_state, grad_columns, column_state, bits

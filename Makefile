@@ -54,7 +54,7 @@ asan: $(VENV)/.installed
 	cp fastcl/_native.abi3.so build/usual.so
 	FASTCL_BUILD=cpu FASTCL_SANITIZE=1 $(REBUILD) && \
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  $(BIN)/python -m pytest -p no:cacheprovider -k "(cpu or isa) and not compile and not memory" \
+	  $(BIN)/python -m pytest -n auto -p no:cacheprovider -k "(cpu or isa) and not compile and not memory" \
 	  tests/test_isa.py tests/test_stats.py tests/test_topk.py tests/test_losses.py tests/test_degenerate.py \
 	  tests/test_queue.py tests/test_mochi.py; status=$$?; mv build/usual.so fastcl/_native.abi3.so; exit $$status
 

@@ -281,6 +281,7 @@ bool check_enqueue(int size, int count, int width, int blocks) {
 }  // namespace fastcl::cuda
 
 int main() {
+  using namespace fastcl;
   using namespace fastcl::cuda;
   bool right = true;
   // the last has no room for the larger ones in float32

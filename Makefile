@@ -47,12 +47,12 @@ format: $(VENV)/.installed
 	$(BIN)/clang-format -i $(NATIVE)
 
 # the sanitized extension takes the place of the usual one only while its tests run
-REBUILD = $(BIN)/python setup.py -q build_ext --inplace --force
+SANITIZED = FASTCL_BUILD=cpu FASTCL_SANITIZE=1 $(BIN)/python setup.py -q build_ext --inplace --build-temp build/asan
 SANITIZERS = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
 asan: $(VENV)/.installed
 	mkdir -p build
 	cp fastcl/_native.abi3.so build/usual.so
-	FASTCL_BUILD=cpu FASTCL_SANITIZE=1 $(REBUILD) && \
+	$(SANITIZED) && \
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  $(BIN)/python -m pytest -n auto -p no:cacheprovider -k "(cpu or isa) and not compile and not memory" \
 	  tests/test_isa.py tests/test_stats.py tests/test_topk.py tests/test_losses.py tests/test_degenerate.py \
@@ -61,7 +61,7 @@ asan: $(VENV)/.installed
 HOST_TEST = g++ -std=c++20 -O1 -g -Wall -Icsrc -pthread
 TORCH_HEADERS = -I$(shell $(BIN)/python -c "from torch.utils.cpp_extension import include_paths as p; print(p()[0])")
 host_test = $(TORCH_HEADERS) csrc/cuda/host_test.cpp
-turns_test = csrc/cpu/turns_test.cpp csrc/cpu/plan.cpp csrc/cpu/memory.cpp
+turns_test = $(patsubst %,csrc/cpu/run/%.cpp,turns_test plan memory)
 tsan: $(VENV)/.installed
 	mkdir -p build
 	set -e; $(foreach test,turns_test host_test, \
@@ -79,7 +79,7 @@ clean:
 # torch goes first: the build links against it; and stays, or torchvision would bring another
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" numpy
+	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" ninja numpy
 	$(BIN)/pip install --quiet $(TORCH)
 	touch $@
 

@@ -2,6 +2,7 @@
 
 ``auto`` builds what the machine can and installs without the extension if that fails; every other
 value fails loudly. FASTCL_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer.
+Ninja compiles all sources in parallel, and again only what has changed.
 """
 
 import os
@@ -9,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -29,28 +29,31 @@ ISA_FLAGS = {
     "amx": [*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", *QUIET],
 }
 ISA_SOURCES = {
-    "csrc/cpu/kernels.cpp": ("generic", "avx2", "avx512"),
-    "csrc/cpu/bfloat16.cpp": ("avx512_bf16", "amx"),
+    "csrc/cpu/simd/kernels.cpp": ("generic", "avx2", "avx512"),
+    "csrc/cpu/simd/bfloat16.cpp": ("avx512_bf16", "amx"),
 }
-NOT_BUILT_IN = {*ISA_SOURCES, "csrc/cpu/turns_test.cpp"}
-CPU_SOURCES = [path for path in Path("csrc/cpu").glob("*.cpp") if str(path) not in NOT_BUILT_IN]
-CPU_SOURCES += [Path("csrc/cuda/host_ops.cpp")]  # the CUDA kernels as the tests run them
-CUDA_SOURCES = ["csrc/cuda/device_ops.cpp"]
+NOT_BUILT_IN = {*ISA_SOURCES, "csrc/cpu/run/turns_test.cpp"}
+SOURCES = ["csrc/module.cpp", *(str(path) for path in Path("csrc/cpu").rglob("*.cpp"))]
+SOURCES = sorted(
+    {*SOURCES, "csrc/cuda/host_ops.cpp"} - NOT_BUILT_IN
+)  # the last: as the tests run CUDA kernels
 # compute_80 also as PTX, which newer GPUs compile for themselves
 CUDA_TARGETS = ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-CXX_FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
-SANITIZE = os.environ.get("FASTCL_SANITIZE") == "1"
-if SANITIZE:
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+CXX_FLAGS += ["-Wall", "-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch's stable ABI, from 2.11 on
+LINK_FLAGS = ["-shared"]
+if os.environ.get("FASTCL_SANITIZE") == "1":
     CXX_FLAGS[CXX_FLAGS.index("-O3")] = "-O1"  # half the time to build and test
     CXX_FLAGS += ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"]
+    LINK_FLAGS += ["-fsanitize=address,undefined"]
+CXX = os.environ.get("CXX", "g++")
 NVCC = shutil.which("nvcc")
 WITH_CUDA = BUILD == "cuda" or (BUILD == "auto" and NVCC is not None)
-STABLE_ABI = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030a0000")]
 
 
 class Build(build_ext):
-    """Compiles the kernels once per instruction set, then links one plain shared library."""
+    """One shared library, of the sources once each and of the kernels once per instruction set."""
 
     def run(self):
         try:
@@ -61,50 +64,74 @@ class Build(build_ext):
             print(f"fastcl: installing without the native extension: {error}", file=sys.stderr)
 
     def build_extension(self, ext):
-        from torch.utils.cpp_extension import include_paths, library_paths
-
-        ext.include_dirs += include_paths()
-        ext.library_dirs += library_paths()
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            levels = [
-                pool.submit(self.compile_level, source, level)
-                for source, levels in ISA_SOURCES.items()
-                for level in levels
-            ]
-            if WITH_CUDA:
-                self.add_cuda(ext)
-            ext.extra_objects += [path for level in levels for path in level.result()]
-        super().build_extension(ext)
-
-    def compile_level(self, source, level):
-        return self.compiler.compile(
-            [source],
-            output_dir=str(Path(self.build_temp) / level),
-            macros=[("FASTCL_ISA", level)],
-            include_dirs=["csrc"],
-            extra_postargs=[*CXX_FLAGS, *ISA_FLAGS[level]],
-        )
-
-    def add_cuda(self, ext):
-        output = Path(self.build_temp) / "device.o"
-        output.parent.mkdir(parents=True, exist_ok=True)
-        command = [NVCC, *NVCC_FLAGS, *(f"-I{path}" for path in ext.include_dirs), "--threads", "0"]
-        command += [f"-gencode={target}" for target in CUDA_TARGETS]
+        if shutil.which(CXX) is None:
+            raise RuntimeError(f"the native extension needs the C++ compiler {CXX}, which is not on the PATH")
         try:
-            subprocess.run([*command, "-c", "csrc/cuda/device.cu", "-o", str(output)], check=True)
+            self.ninja(ext, WITH_CUDA)
         except subprocess.CalledProcessError as error:
-            if BUILD != "auto":
-                raise
-            print(f"fastcl: installing without the CUDA kernels: {error}", file=sys.stderr)
-            return
-        ext.sources += CUDA_SOURCES
-        ext.extra_objects.append(str(output))
-        ext.library_dirs.append(cuda_libraries())
-        # static, and it finds the driver at run time, so that the library loads where there is none
-        ext.libraries += ["cudart_static", "dl", "rt"]
+            if not (WITH_CUDA and BUILD == "auto"):
+                raise RuntimeError("compiling failed; its errors are above") from error
+            print("fastcl: installing without the CUDA kernels; the errors are above", file=sys.stderr)
+            self.ninja(ext, False)
+
+    def ninja(self, ext, with_cuda):
+        folder = Path(self.build_temp).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        library = Path(self.get_ext_fullpath(ext.name)).absolute()
+        library.parent.mkdir(parents=True, exist_ok=True)
+        rules = folder / "build.ninja"
+        text = build_rules(folder, library, with_cuda)
+        if not rules.exists() or rules.read_text() != text:
+            rules.write_text(text)
+        if self.force:
+            subprocess.run(
+                [sys.executable, "-m", "ninja", "--quiet", "-f", str(rules), "-t", "clean"], check=True
+            )
+        subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-f", str(rules)], check=True)
 
     def get_ext_filename(self, fullname):
         return fullname.replace(".", "/") + ".abi3.so"
+
+
+def build_rules(folder, library, with_cuda):
+    """What ninja reads."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    includes = [f"-I{Path('csrc').absolute()}", *(f"-isystem{path}" for path in include_paths())]
+    link = [*LINK_FLAGS, *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-ltorch", "-lc10"]
+    builds = [(source, source, []) for source in SOURCES]
+    for source, levels in ISA_SOURCES.items():
+        builds += [
+            (f"{source}.{level}", source, [*ISA_FLAGS[level], f"-DFASTCL_ISA={level}"]) for level in levels
+        ]
+    # the slowest first
+    builds.sort(key=lambda build: build[1] not in ISA_SOURCES)
+    lines = [
+        f"cxxflags = {' '.join([*CXX_FLAGS, *includes])}",
+        f"rule cxx\n  command = {CXX} $cxxflags $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc\n  description = $in $flags",
+    ]
+    objects = []
+    if with_cuda:
+        builds.append(("csrc/cuda/device_ops.cpp", "csrc/cuda/device_ops.cpp", []))
+        objects.append(str(folder / "device.o"))
+        targets = [f"-gencode={target}" for target in CUDA_TARGETS]
+        nvcc = [NVCC, *NVCC_FLAGS, *(flag.replace("-isystem", "-I") for flag in includes), "--threads", "0"]
+        lines += [
+            f"rule nvcc\n  command = {' '.join([*nvcc, *targets])} -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d\n  deps = gcc",
+            f"build {objects[0]}: nvcc {Path('csrc/cuda/device.cu').absolute()}",
+        ]
+        # static, and it finds the driver at run time, so that the library loads where there is none
+        link += [f"-L{cuda_libraries()}", "-lcudart_static", "-ldl", "-lrt"]
+    for name, source, flags in builds:
+        objects.append(str(folder / f"{name.replace('/', '.')}.o"))
+        lines.append(f"build {objects[-1]}: cxx {Path(source).absolute()}\n  flags = {' '.join(flags)}")
+    lines += [
+        f"rule link\n  command = {CXX} $in -o $out {' '.join(link)}",
+        f"build {library}: link {' '.join(objects)}",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def cuda_libraries():
@@ -126,13 +153,8 @@ def extensions():
     return [
         Extension(
             "fastcl._native",
-            ["csrc/module.cpp", *sorted(str(path) for path in CPU_SOURCES)],
-            include_dirs=["csrc"],
+            [*SOURCES, *ISA_SOURCES],
             depends=[str(path) for path in Path("csrc").rglob("*.*")],
-            define_macros=STABLE_ABI,
-            extra_compile_args=CXX_FLAGS,
-            extra_link_args=["-fsanitize=address,undefined"] if SANITIZE else [],
-            libraries=["torch_cpu", "torch", "c10"],
             py_limited_api=True,
         )
     ]

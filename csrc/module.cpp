@@ -4,15 +4,15 @@
 
 #include <type_traits>
 
-#include "cpu/attend.h"
-#include "cpu/mochi.h"
-#include "cpu/one_positive.h"
-#include "cpu/products.h"
-#include "cpu/similarity.h"
-#include "cpu/sup_con.h"
+#include "cpu/losses/attend.h"
+#include "cpu/losses/mochi.h"
+#include "cpu/losses/one_positive.h"
+#include "cpu/losses/similarity.h"
+#include "cpu/losses/sup_con.h"
+#include "cpu/run/products.h"
 #include "tensors.h"
 
-namespace fastcl {
+namespace fastcl::cpu {
 namespace {
 
 DType dtype_of(const Tensor& x) {
@@ -243,7 +243,7 @@ std::tuple<int64_t, int64_t> isa_levels() {
 void force_isa_op(int64_t level) { force_isa(static_cast<Isa>(level)); }
 
 }  // namespace
-}  // namespace fastcl
+}  // namespace fastcl::cpu
 
 STABLE_TORCH_LIBRARY(fastcl_native, m) {
   const std::string problem =
@@ -271,19 +271,19 @@ STABLE_TORCH_LIBRARY(fastcl_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CPU, m) {
-  m.impl("stats_forward", TORCH_BOX(&fastcl::stats_forward));
-  m.impl("stats_backward", TORCH_BOX(&fastcl::stats_backward));
-  m.impl("mochi", TORCH_BOX(&fastcl::mochi_op));
-  m.impl("topk", TORCH_BOX(&fastcl::topk_op));
-  m.impl("repeat_logits", TORCH_BOX(&fastcl::repeat_logits));
-  m.impl("operand_parts", TORCH_BOX(&fastcl::operand_parts));
+  m.impl("stats_forward", TORCH_BOX(&fastcl::cpu::stats_forward));
+  m.impl("stats_backward", TORCH_BOX(&fastcl::cpu::stats_backward));
+  m.impl("mochi", TORCH_BOX(&fastcl::cpu::mochi_op));
+  m.impl("topk", TORCH_BOX(&fastcl::cpu::topk_op));
+  m.impl("repeat_logits", TORCH_BOX(&fastcl::cpu::repeat_logits));
+  m.impl("operand_parts", TORCH_BOX(&fastcl::cpu::operand_parts));
 }
 STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CompositeExplicitAutograd, m) {
-  m.impl("isa_levels", TORCH_BOX(&fastcl::isa_levels));
-  m.impl("force_isa", TORCH_BOX(&fastcl::force_isa_op));
+  m.impl("isa_levels", TORCH_BOX(&fastcl::cpu::isa_levels));
+  m.impl("force_isa", TORCH_BOX(&fastcl::cpu::force_isa_op));
 }
 // the schemas are in Python
 STABLE_TORCH_LIBRARY_IMPL(fastcl, CPU, m) {
-  m.impl("one_positive", TORCH_BOX(&fastcl::one_positive_op));
-  m.impl("sup_con", TORCH_BOX(&fastcl::sup_con_op));
+  m.impl("one_positive", TORCH_BOX(&fastcl::cpu::one_positive_op));
+  m.impl("sup_con", TORCH_BOX(&fastcl::cpu::sup_con_op));
 }

@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace fastcl {
+namespace fastcl::shared {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -75,4 +75,7 @@ struct LossOutputs {
   }
 };
 
-}  // namespace fastcl
+}  // namespace fastcl::shared
+namespace fastcl {
+using namespace shared;
+}

@@ -7,7 +7,7 @@
 #include "cuda/mochi.cuh"
 #include "cuda/one_launch.cuh"
 
-namespace fastcl {
+namespace fastcl::cuda {
 
 namespace {
 
@@ -97,4 +97,4 @@ FASTCL_INSTANTIATE(float)
 FASTCL_INSTANTIATE(c10::Half)
 FASTCL_INSTANTIATE(c10::BFloat16)
 
-}  // namespace fastcl
+}  // namespace fastcl::cuda

@@ -5,7 +5,7 @@
 #include "cuda/mochi.h"
 #include "cuda/one_launch.h"
 
-namespace fastcl {
+namespace fastcl::cuda {
 
 // What the kernels can be given on one GPU; none where it is too old for them, with the reason.
 struct DeviceLimits {
@@ -22,4 +22,4 @@ void launch_enqueue(const Enqueue<T, Key>& args, int blocks, void* stream);
 template <class T, class Key>
 void launch_mixing(const Mixing<T, Key>& args, int blocks, int64_t shared_bytes, void* stream);
 
-}  // namespace fastcl
+}  // namespace fastcl::cuda

@@ -13,7 +13,7 @@
 #include "cuda/mochi_op.h"
 #include "cuda/one_launch_op.h"
 
-namespace fastcl {
+namespace fastcl::cuda {
 namespace {
 
 using CurrentStream = AOTITorchError (*)(int32_t, void**);
@@ -110,19 +110,19 @@ std::tuple<int64_t, int64_t, std::string> cuda_limits(int64_t device) {
 }
 
 }  // namespace
-}  // namespace fastcl
+}  // namespace fastcl::cuda
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastcl_native, m) { m.def("cuda_limits(int device) -> (int, int, str)"); }
 STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CompositeExplicitAutograd, m) {
-  m.impl("cuda_limits", TORCH_BOX(&fastcl::cuda_limits));
+  m.impl("cuda_limits", TORCH_BOX(&fastcl::cuda::cuda_limits));
 }
 // the schemas of these are in host_ops.cpp
 STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CUDA, m) {
-  m.impl("enqueue", TORCH_BOX(&fastcl::enqueue));
-  m.impl("mix_negatives", TORCH_BOX(&fastcl::mix_negatives));
+  m.impl("enqueue", TORCH_BOX(&fastcl::cuda::enqueue));
+  m.impl("mix_negatives", TORCH_BOX(&fastcl::cuda::mix_negatives));
 }
 // of these in Python
 STABLE_TORCH_LIBRARY_IMPL(fastcl, CUDA, m) {
-  m.impl("one_positive", TORCH_BOX(&fastcl::one_positive));
-  m.impl("sup_con", TORCH_BOX(&fastcl::sup_con));
+  m.impl("one_positive", TORCH_BOX(&fastcl::cuda::one_positive));
+  m.impl("sup_con", TORCH_BOX(&fastcl::cuda::sup_con));
 }

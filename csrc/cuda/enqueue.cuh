@@ -4,7 +4,7 @@
 #include "cuda/enqueue.h"
 #include "cuda/unit_rows.cuh"
 
-namespace fastcl {
+namespace fastcl::cuda {
 inline namespace FASTCL_BODY {
 
 template <class T, class Key>
@@ -27,4 +27,4 @@ FASTCL_TILE void enqueue_rows(const Block& block, const Enqueue<T, Key>& args) {
 }
 
 }  // namespace FASTCL_BODY
-}  // namespace fastcl
+}  // namespace fastcl::cuda

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-namespace fastcl {
+namespace fastcl::cuda {
 
 template <class T, class Key>
 struct Enqueue {
@@ -17,4 +17,4 @@ struct Enqueue {
   int count, width;
 };
 
-}  // namespace fastcl
+}  // namespace fastcl::cuda

@@ -5,7 +5,7 @@
 #include "cuda/grid.h"
 #include "tensors.h"
 
-namespace fastcl {
+namespace fastcl::cuda {
 
 // As many blocks as have a row per warp, up to what lives at once.
 inline int enqueue_blocks(int64_t count, const Device& device) {
@@ -30,4 +30,4 @@ void run_enqueue(const Tensor& keys, const OptionalTensor& ids, const Tensor& po
   });
 }
 
-}  // namespace fastcl
+}  // namespace fastcl::cuda

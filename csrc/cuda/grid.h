@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-namespace fastcl {
+namespace fastcl::cuda {
 
 constexpr int kWarps = 8;  // of a block
 constexpr int kLanes = 32;
@@ -15,4 +15,4 @@ struct Device {
   int64_t shared_bytes;  // of each
 };
 
-}  // namespace fastcl
+}  // namespace fastcl::cuda

@@ -10,7 +10,7 @@
 #include "cuda/one_launch_host.h"
 #include "cuda/one_launch_op.h"
 
-namespace fastcl {
+namespace fastcl::cuda {
 namespace {
 
 // run(target, launch), with the scale, a float64 on the host, and its gradient as the kernels take them.
@@ -91,7 +91,7 @@ bool mixing_fits(int64_t width, int64_t n_hard, int64_t synthetics, int64_t shar
 }
 
 }  // namespace
-}  // namespace fastcl
+}  // namespace fastcl::cuda
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastcl_native, m) {
   m.def(
@@ -121,13 +121,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastcl_native, m) {
   m.def("sup_con_fits(int queries, int? keys, int element_bytes, int blocks, int shared_bytes) -> bool");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CompositeExplicitAutograd, m) {
-  m.impl("one_positive_fits", TORCH_BOX(&fastcl::one_positive_fits));
-  m.impl("sup_con_fits", TORCH_BOX(&fastcl::sup_con_fits));
-  m.impl("mixing_fits", TORCH_BOX(&fastcl::mixing_fits));
+  m.impl("one_positive_fits", TORCH_BOX(&fastcl::cuda::one_positive_fits));
+  m.impl("sup_con_fits", TORCH_BOX(&fastcl::cuda::sup_con_fits));
+  m.impl("mixing_fits", TORCH_BOX(&fastcl::cuda::mixing_fits));
 }
 STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CPU, m) {
-  m.impl("host_one_positive", TORCH_BOX(&fastcl::host_one_positive));
-  m.impl("host_sup_con", TORCH_BOX(&fastcl::host_sup_con));
-  m.impl("host_mix_negatives", TORCH_BOX(&fastcl::host_mix_negatives));
-  m.impl("host_enqueue", TORCH_BOX(&fastcl::host_enqueue));
+  m.impl("host_one_positive", TORCH_BOX(&fastcl::cuda::host_one_positive));
+  m.impl("host_sup_con", TORCH_BOX(&fastcl::cuda::host_sup_con));
+  m.impl("host_mix_negatives", TORCH_BOX(&fastcl::cuda::host_mix_negatives));
+  m.impl("host_enqueue", TORCH_BOX(&fastcl::cuda::host_enqueue));
 }

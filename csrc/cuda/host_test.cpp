@@ -9,7 +9,7 @@
 #include "cuda/mochi.cuh"
 #include "cuda/one_launch_host.h"
 
-namespace fastcl {
+namespace fastcl::cuda {
 namespace {
 
 using Rows = std::vector<std::vector<double>>;
@@ -278,10 +278,11 @@ bool check_enqueue(int size, int count, int width, int blocks) {
 }
 
 }  // namespace
-}  // namespace fastcl
+}  // namespace fastcl::cuda
 
 int main() {
   using namespace fastcl;
+  using namespace fastcl::cuda;
   bool right = true;
   // the last has no room for the larger ones in float32
   for (Device device : {Device{1, 1 << 30}, {4, 1 << 30}, {8, 43 << 10}}) {

@@ -5,7 +5,7 @@
 
 #include "cuda/square.cuh"
 
-namespace fastcl {
+namespace fastcl::cuda {
 inline namespace FASTCL_BODY {
 
 constexpr float kEmptyMax = -1e37f;  // the largest logit of a line where none takes part
@@ -174,4 +174,4 @@ FASTCL_TILE float largest_weight(const SupConLoss&, const TermAt& term) {
 }
 
 }  // namespace FASTCL_BODY
-}  // namespace fastcl
+}  // namespace fastcl::cuda

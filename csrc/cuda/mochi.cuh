@@ -6,7 +6,7 @@
 #include "cuda/loss_lines.cuh"
 #include "cuda/mochi.h"
 
-namespace fastcl {
+namespace fastcl::cuda {
 inline namespace FASTCL_BODY {
 
 template <class T, class Key>
@@ -188,4 +188,4 @@ class MixingKernel {
 };
 
 }  // namespace FASTCL_BODY
-}  // namespace fastcl
+}  // namespace fastcl::cuda

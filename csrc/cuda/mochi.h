@@ -5,7 +5,7 @@
 
 #include "cuda/grid.h"
 
-namespace fastcl {
+namespace fastcl::cuda {
 
 // Shared memory of a block, in floats; the first is a query's unit row.
 struct MixingFloats {
@@ -50,4 +50,4 @@ struct Mixing {
   constexpr MixingFloats floats() const { return {width, n_hard, synthetics()}; }
 };
 
-}  // namespace fastcl
+}  // namespace fastcl::cuda

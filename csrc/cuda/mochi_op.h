@@ -4,7 +4,7 @@
 #include "cuda/mochi.h"
 #include "tensors.h"
 
-namespace fastcl {
+namespace fastcl::cuda {
 
 // In the order of the op's schema. Only query and positive may have rows that are not contiguous.
 struct MixingArguments {
@@ -71,4 +71,4 @@ void run_mixing(const MixingArguments& in, const MixingOutputs& out, const Devic
   });
 }
 
-}  // namespace fastcl
+}  // namespace fastcl::cuda

@@ -12,7 +12,7 @@
 
 #include "cuda/loss_lines.cuh"
 
-namespace fastcl {
+namespace fastcl::cuda {
 inline namespace FASTCL_BODY {
 
 // Of rows of T, in cells of C.
@@ -267,4 +267,4 @@ class OneLaunchKernel {
 };
 
 }  // namespace FASTCL_BODY
-}  // namespace fastcl
+}  // namespace fastcl::cuda

@@ -9,7 +9,7 @@
 #include "cuda/grid.h"
 #include "layout.h"
 
-namespace fastcl {
+namespace fastcl::cuda {
 
 constexpr int kTile = 64;  // rows and columns that a block multiplies at a time
 constexpr int kPackBytes = 16;
@@ -194,4 +194,4 @@ constexpr int line_bytes() {
   return int(sizeof(float)) * (kLineNumbers + Loss::kTerms) + (Loss::kLabels ? int(sizeof(int64_t)) : 0);
 }
 
-}  // namespace fastcl
+}  // namespace fastcl::cuda

@@ -3,7 +3,7 @@
 
 #include "cuda/one_launch.cuh"
 
-namespace fastcl {
+namespace fastcl::cuda {
 
 template <class T, class Loss>
 void run_on_host(const OneLaunch<T>& args, const Loss& loss) {
@@ -13,4 +13,4 @@ void run_on_host(const OneLaunch<T>& args, const Loss& loss) {
   });
 }
 
-}  // namespace fastcl
+}  // namespace fastcl::cuda

@@ -6,7 +6,7 @@
 #include "cuda/one_launch.h"
 #include "tensors.h"
 
-namespace fastcl {
+namespace fastcl::cuda {
 
 // Where a launch runs, and the scale's place there.
 struct Target {
@@ -134,4 +134,4 @@ void run_sup_con(const SupConArguments& in, const SupConOutputs& out, const Targ
            matrix, loss, in.mean, out.loss, target, launch);
 }
 
-}  // namespace fastcl
+}  // namespace fastcl::cuda

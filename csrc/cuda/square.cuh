@@ -6,7 +6,7 @@
 #include "cuda/one_launch.h"
 #include "cuda/unit_rows.cuh"
 
-namespace fastcl {
+namespace fastcl::cuda {
 inline namespace FASTCL_BODY {
 
 constexpr float kExcluded = -1e38f;  // a logit that takes no part
@@ -266,4 +266,4 @@ class Square {
 };
 
 }  // namespace FASTCL_BODY
-}  // namespace fastcl
+}  // namespace fastcl::cuda

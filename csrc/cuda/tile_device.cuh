@@ -9,7 +9,7 @@
 #define FASTCL_BODY on_device
 #define FASTCL_UNROLL _Pragma("unroll")
 
-namespace fastcl {
+namespace fastcl::cuda {
 inline namespace FASTCL_BODY {
 
 using std::uint32_t;
@@ -235,4 +235,4 @@ class Accumulator {
 };
 
 }  // namespace FASTCL_BODY
-}  // namespace fastcl
+}  // namespace fastcl::cuda

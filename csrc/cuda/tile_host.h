@@ -12,7 +12,7 @@
 #define FASTCL_BODY on_host
 #define FASTCL_UNROLL
 
-namespace fastcl {
+namespace fastcl::cuda {
 inline namespace FASTCL_BODY {
 
 inline uint32_t float_bits(float x) { return c10::bit_cast<uint32_t>(x); }
@@ -167,4 +167,4 @@ void run_grid(int blocks, int64_t shared_bytes, const Kernel& kernel) {
 }
 
 }  // namespace FASTCL_BODY
-}  // namespace fastcl
+}  // namespace fastcl::cuda

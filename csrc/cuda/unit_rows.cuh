@@ -5,7 +5,7 @@
 
 #include "cuda/tile.cuh"
 
-namespace fastcl {
+namespace fastcl::cuda {
 inline namespace FASTCL_BODY {
 
 constexpr float kLargestInverse = 1e12f;  // norms below its inverse are not differentiated
@@ -36,4 +36,4 @@ FASTCL_TILE float later_factor(float inverse) {
 }
 
 }  // namespace FASTCL_BODY
-}  // namespace fastcl
+}  // namespace fastcl::cuda

@@ -1,0 +1,246 @@
+#include "cpu/losses/one_positive.h"
+
+#include <numeric>
+#include <type_traits>
+
+#include "cpu/losses/attend.h"
+#include "cpu/losses/stats.h"
+#include "cpu/run/products.h"
+#include "cpu/run/unit_rows.h"
+
+namespace fastcl::cpu {
+
+namespace {
+
+constexpr int64_t kSingleTile = 128;  // rows: above it, threads and symmetry gain more than reuse
+
+template <class T>
+class Loss {
+ public:
+  Loss(const OnePositive& args, const OnePositiveResult<T>& result) : args_(args), result_(result) {
+    const bool views = args.layout == Layout::views;
+    const int64_t n = args.query.count;
+    query_ = views ? unit_rows<T>({args.query, args.positive}, args.normalize)
+                   : unit_rows<T>({args.query}, args.normalize);
+    if (!views) positive_ = unit_rows<T>({args.positive}, args.normalize);
+    rows_ = query_.count;
+    incoming_ = args.mean ? T(1) / rows_ : T(1);
+    problem_.query = query_.as_rows();
+    problem_.scale2 = static_cast<T>(args.scale * kLog2E);
+    problem_.bias2 = nullptr;
+    problem_.symmetric = views;
+    set_keys();
+    if constexpr (std::is_same_v<T, float>)
+      if (args.scale != 0) set_bfloat16_rows();
+    if (args.layout != Layout::negatives) {
+      ids_ = allocate<int64_t>(rows_);
+      for (int64_t i = 0; i < rows_; i++) ids_[i] = i % n;
+      problem_.exclude = {ids_.get(), ids_.get()};
+    } else {
+      problem_.exclude = {args.query_ids ? args.negative_ids : nullptr, args.query_ids};
+    }
+    pull_ = allocate_filled<T>(rows_, T(0));
+    losses_ = allocate_filled<T>(rows_, T(0));
+  }
+
+  void run() {
+    const bool gradients = result_.query || result_.positive || result_.negatives || result_.scale;
+    const bool keys_wanted = args_.layout == Layout::negatives ? result_.negatives : result_.positive;
+    const bool two_sided = args_.layout == Layout::views || args_.layout == Layout::pairs;
+    if (problem_.symmetric && rows_ <= kSingleTile)
+      run_single_tile(gradients);
+    else if (!gradients || two_sided || (keys_wanted && !strips_fit(problem_)) ||
+             (result_.scale && problem_.bfloat16.parts))
+      run_two_passes(gradients, keys_wanted);
+    else if (keys_wanted)
+      run_strips();
+    else
+      run_frozen_keys();
+    const double total = std::accumulate(losses_.get(), losses_.get() + rows_, 0.0);
+    *result_.loss = static_cast<T>(args_.mean ? total / rows_ : total);
+  }
+
+ private:
+  void set_keys() {
+    if (args_.layout == Layout::views) {
+      problem_.key = problem_.query;
+    } else if (args_.layout != Layout::negatives) {
+      problem_.key = positive_.as_rows();
+    } else if (args_.normalize_negatives) {
+      negatives_ = unit_rows<T>({args_.negatives}, true);
+      problem_.key = negatives_.as_rows();
+    } else {
+      problem_.key = key_rows<T>(args_.negatives);
+    }
+  }
+
+  void set_bfloat16_rows() {
+    if (args_.layout == Layout::views) {
+      if (rows_ > kSingleTile)
+        bfloat16_ = bfloat16_sides({args_.query, args_.positive}, query_, nullptr, nullptr, args_.precision);
+    } else if (args_.layout == Layout::negatives) {
+      bfloat16_ = bfloat16_sides({args_.query}, query_, &args_.negatives,
+                                 args_.normalize_negatives ? &negatives_ : nullptr, args_.precision);
+    } else {
+      bfloat16_ = bfloat16_sides({args_.query}, query_, &args_.positive, &positive_, args_.precision);
+    }
+    problem_.bfloat16 = bfloat16_.problem;
+  }
+
+  const T* positive_row(int64_t i) const {
+    return args_.layout == Layout::views ? query_.row((i + rows_ / 2) % rows_) : positive_.row(i);
+  }
+
+  // Adds one direction's loss of row i, weighted, and returns the gradient of its lse_neg.
+  T add_loss(int64_t i, T max, T sum, T weight) {
+    const T similarity = kernels<T>().dot(query_.row(i), positive_row(i), query_.stride);
+    const SoftPlus<T> loss = softplus(log_sum_exp(max, sum, problem_.scale2 * similarity));
+    losses_[i] += weight * loss.value;
+    const T gradient = loss.slope * weight * incoming_;
+    pull_[i] += gradient;
+    return gradient;
+  }
+
+  // Losses of all rows from a state; their weights for the backward pass.
+  SideWeights<T> weigh(const State<T>& state, T weight) {
+    SideWeights<T> weights = make_side_weights<T>(rows_);
+    for_each_range(rows_, kRowGrain, [&](int64_t begin, int64_t end, Scratch&) {
+      for (int64_t i = begin; i < end; i++) {
+        const LogSum<T> entry = state.negative(i);
+        weights.field(SideWeights<T>::kNegMax)[i] = *entry.max;
+        const T sum = entry.total();
+        weights.field(SideWeights<T>::kNegFactor)[i] =
+            weight_factor(add_loss(i, *entry.max, sum, weight), *entry.max, sum);
+      }
+    });
+    return weights;
+  }
+
+  // A small batch of views: one tile, whose similarities serve both passes.
+  void run_single_tile(bool gradients) {
+    const Kernels<T>& k = kernels<T>();
+    const int64_t block = round_up(rows_, kLaneUnit);
+    const Buffer<T> similarities = allocate<T>(rows_ * block);
+    const Tile<T> tile{similarities.get(), block, rows_, rows_};
+    Scratch scratch;
+    const auto products = make_products(problem_, rows_, block, scratch);
+    products->set_lanes(0, rows_);
+    products->set_rows(0, rows_);
+    products->logits(tile);
+    k.exclude(tile, problem_.exclude);
+    const State<T> state = make_state<T>(rows_);
+    k.lane_log_sum(tile, state.negative(0));
+    const SideWeights<T> weights = weigh(state, T(1));
+    if (!gradients) return;
+    k.both_weights(tile, weights.negative(0), weights.negative(0));
+    const Buffer<T> sums = allocate_filled<T>(rows_ * query_.stride, T(0));
+    products->add_to_lanes(tile, sums.get());
+    finish([&](int64_t i, T* sum) { std::copy_n(sums.get() + i * query_.stride, query_.stride, sum); }, {});
+  }
+
+  void run_two_passes(bool gradients, bool keys_wanted) {
+    const bool columns = args_.layout == Layout::pairs;
+    const KeptTiles<T> kept = gradients ? make_kept_tiles(problem_) : KeptTiles<T>{};
+    const Statistics<T> stats = statistics(problem_, columns, kept);
+    const SideWeights<T> row_weights = weigh(stats.rows, columns ? T(0.5) : T(1));
+    const SideWeights<T> column_weights = columns ? weigh(stats.columns, T(0.5)) : SideWeights<T>{};
+    if (!gradients) return;
+    const bool query_wanted = problem_.symmetric || result_.query || result_.scale;
+    const PairSums<T> sums =
+        pair_sums(problem_, row_weights, column_weights,
+                  {query_wanted, keys_wanted && !problem_.symmetric, false, result_.scale != nullptr}, kept);
+    finish([&](int64_t i, T* sum) { add_parts(sums.query, i, sum); }, sums.key);
+    if (sums.scale) *result_.scale = *sums.scale - positives_pull();
+  }
+
+  // The positives' part of the gradient of the scale, negated.
+  double positives_pull() const {
+    double total = 0;
+    for (int64_t i = 0; i < rows_; i++)
+      total +=
+          static_cast<double>(pull_[i]) * kernels<T>().dot(query_.row(i), positive_row(i), query_.stride);
+    return total;
+  }
+
+  void run_strips() {
+    const AttendedKeys<T> attended = attend_with_keys<T>(problem_, [&](int64_t i, T max, T sum) {
+      return weight_factor(add_loss(i, max, sum, T(1)), max, sum);
+    });
+    finish_attended(attended.queries, attended.key);
+  }
+
+  void run_frozen_keys() {
+    const Attended<T> attended = attend(problem_);
+    weigh(attended.rows, T(1));
+    finish_attended(attended, {});
+  }
+
+  void finish_attended(const Attended<T>& attended, const Partials<T>& key_sums) {
+    auto query_sum = [&](int64_t i, T* sum) {
+      const LogSum<T> entry = attended.rows.negative(i);
+      kernels<T>().add_scaled(sum, attended.query.row(0, i),
+                              weight_factor(pull_[i], *entry.max, entry.total()), query_.stride);
+    };
+    finish(query_sum, key_sums);
+  }
+
+  template <class QuerySum>
+  void finish(const QuerySum& query_sum, const Partials<T>& key_sums) {
+    const Kernels<T>& k = kernels<T>();
+    const int64_t width = query_.width, n = args_.query.count;
+    const bool views = args_.layout == Layout::views;
+    const T scale = static_cast<T>(args_.scale);
+    Buffer<T> radial = result_.scale ? allocate<T>(rows_) : nullptr;
+    auto query_out = [&](int64_t i) {
+      T* out = i < n ? result_.query : result_.positive;
+      return out ? out + i % n * width : nullptr;
+    };
+    auto query_row = [&](int64_t i, T* sum) {
+      query_sum(i, sum);
+      // as a view, the row is also the positive of its positive
+      const T pull = views ? pull_[i] + pull_[(i + n) % rows_] : pull_[i];
+      k.add_scaled(sum, positive_row(i), -pull, query_.stride);
+    };
+    write_gradients(query_, scale, query_row, query_out, radial.get());
+    if (result_.scale) {
+      const double total = std::accumulate(radial.get(), radial.get() + rows_, 0.0);
+      *result_.scale = views ? total / 2 : total;
+    }
+    if (views) return;
+    const bool keys_are_positives = args_.layout != Layout::negatives;
+    if (result_.positive) {
+      auto positive_row_sum = [&](int64_t i, T* sum) {
+        if (keys_are_positives) add_parts(key_sums, i, sum);
+        k.add_scaled(sum, query_.row(i), -pull_[i], query_.stride);
+      };
+      write_gradients<T>(positive_, scale, positive_row_sum, rows_of(result_.positive, width), nullptr);
+    }
+    if (result_.negatives) {
+      auto negative_sum = [&](int64_t i, T* sum) { add_parts(key_sums, i, sum); };
+      write_gradients<T>(negatives_, scale, negative_sum, rows_of(result_.negatives, width), nullptr);
+    }
+  }
+
+  const OnePositive& args_;
+  const OnePositiveResult<T>& result_;
+  UnitRows<T> query_, positive_, negatives_;
+  BFloat16Sides bfloat16_;
+  Problem<T> problem_;
+  Buffer<int64_t> ids_;
+  int64_t rows_;
+  T incoming_;
+  Buffer<T> pull_;  // minus the gradient of the positive's logit
+  Buffer<T> losses_;
+};
+
+}  // namespace
+
+template <class T>
+void one_positive(const OnePositive& args, const OnePositiveResult<T>& result) {
+  Loss<T>(args, result).run();
+}
+
+template void one_positive<float>(const OnePositive&, const OnePositiveResult<float>&);
+template void one_positive<double>(const OnePositive&, const OnePositiveResult<double>&);
+
+}  // namespace fastcl::cpu

@@ -1,0 +1,233 @@
+#include "cpu/losses/similarity.h"
+
+#include <type_traits>
+
+#include "cpu/losses/attend.h"
+#include "cpu/losses/topk.h"
+
+namespace fastcl::cpu {
+
+namespace {
+
+template <class T>
+constexpr DType kOwnType = std::is_same_v<T, double> ? DType::float64 : DType::float32;
+
+// One side's rows: as they came where a kernel can read them so, else unit rows, times a factor in products.
+template <class T>
+struct Side {
+  UnitRows<T> unit;  // empty where the rows are used as they are
+  Buffer<T> scaled;
+  Rows<T> rows;
+};
+
+template <class T>
+Side<T> make_side(const Input& input, bool normalize, const T* factor) {
+  const Kernels<T>& k = kernels<T>();
+  Side<T> side;
+  if (!normalize && !factor && input.dtype == kOwnType<T> && input.width % k.vector == 0) {
+    side.rows = {input.data, input.dtype, input.stride, input.count, input.width, true};
+    return side;
+  }
+  side.unit = unit_rows<T>({input}, normalize);
+  side.rows = side.unit.as_rows();
+  if (factor) {
+    side.scaled = allocate<T>(input.count * side.unit.stride);
+    k.load_rows(side.scaled.get(), side.unit.stride, side.unit.rows.get(), kOwnType<T>, side.unit.stride,
+                input.count, side.unit.stride, factor);
+    side.rows.data = side.scaled.get();
+  }
+  return side;
+}
+
+enum class Use { statistics, gradients, similarities };
+
+template <class T>
+class Similarity {
+ public:
+  Similarity(const SimilarityCall& call, Use use)
+      : call_(call),
+        key_scale_(static_cast<const T*>(call.key_scale)),
+        query_(side(call.query, nullptr, use)),
+        key_(call.symmetric ? Side<T>{} : side(call.key, key_scale_, use)) {
+    problem_.query = query_.rows;
+    problem_.key = call.symmetric ? query_.rows : key_.rows;
+    problem_.scale2 = static_cast<T>(call.scale * kLog2E);
+    problem_.bias2 = static_cast<const T*>(call.bias2);
+    problem_.exclude = call.exclude;
+    problem_.positive = call.positive;
+    problem_.symmetric = call.symmetric;
+    if constexpr (std::is_same_v<T, float>)
+      if (use != Use::similarities && call.scale != 0) set_bfloat16_rows();
+  }
+
+  void forward(const SimilarityResult<T>& result) const {
+    const int64_t queries = problem_.query.count;
+    if (result.weighted) {
+      const Attended<T> attended = attend(problem_);
+      write_state(attended.rows, queries, result.rows, result.row_state);
+      return write_weighted(attended, result.weighted);
+    }
+    const Statistics<T> stats = statistics(problem_, call_.columns);
+    write_state(stats.rows, queries, result.rows, result.row_state);
+    if (call_.columns) write_state(stats.columns, problem_.key.count, result.columns, result.column_state);
+  }
+
+  void topk(int64_t k, T* values, int64_t* indices) {
+    problem_.scale2 = 1;  // similarities themselves
+    cpu::topk(problem_, k, values, indices);
+  }
+
+  void backward(const SimilaritySaved<T>& saved, const SimilarityGradients<T>& result) const {
+    const int64_t queries = problem_.query.count, keys = problem_.key.count;
+    const SideWeights<T> rows = side_weights(saved.grad_rows, saved.row_state, queries);
+    const SideWeights<T> columns =
+        call_.columns ? side_weights(saved.grad_columns, saved.column_state, keys) : SideWeights<T>{};
+    const bool scale_wanted = result.scale != nullptr;
+    const PairSums<T> sums = pair_sums(
+        problem_, rows, columns,
+        {result.query || scale_wanted, result.key || result.key_scale, result.bias != nullptr, scale_wanted});
+    if (scale_wanted) *result.scale = sums.scale ? *sums.scale : scale_gradient(sums.query);
+    if (result.query) write_side(query_, sums.query, nullptr, result.query, nullptr);
+    if (result.key || result.key_scale) write_side(key_, sums.key, key_scale_, result.key, result.key_scale);
+    if (result.bias) {
+      for (int64_t j = 0; j < keys; j++) {
+        result.bias[j] = 0;
+        for (int64_t p = 0; p < sums.bias.parts; p++) result.bias[j] += *sums.bias.row(p, j);
+      }
+    }
+  }
+
+ private:
+  Side<T> side(const Input& input, const T* factor, Use use) const {
+    const bool as_it_is = use == Use::statistics && bfloat16_kernels() && call_.scale != 0 &&
+                          !call_.normalize && call_.query.dtype == DType::bfloat16 &&
+                          call_.key.dtype == DType::bfloat16 && (!key_scale_ || factors_fit());
+    if (!as_it_is) return make_side(input, call_.normalize, factor);
+    Side<T> side;
+    side.rows.count = input.count;
+    side.rows.width = input.width;
+    return side;
+  }
+
+  bool factors_fit() const {
+    if constexpr (std::is_same_v<T, float>) return products_fit(key_scale_, call_.key.count);
+    return true;
+  }
+
+  void set_bfloat16_rows() {
+    if (key_scale_ && !factors_fit()) return;
+    bfloat16_ = bfloat16_sides({call_.query}, query_.unit, call_.symmetric ? nullptr : &call_.key, &key_.unit,
+                               call_.precision);
+    for (int64_t j = 0; bfloat16_.problem.parts && key_scale_ && j < call_.key.count; j++)
+      bfloat16_.key.factor[j] *= key_scale_[j];
+    problem_.bfloat16 = bfloat16_.problem;
+  }
+
+  static void write_state(const State<T>& state, int64_t count, T* statistics, T* saved) {
+    for_each_range(count, 1024, [&](int64_t begin, int64_t end, Scratch&) {
+      for (int64_t i = begin; i < end; i++) {
+        const LogSum<T> entries[] = {state.negative(i), state.positive(i)};
+        for (int side = 0; side < 2; side++) {
+          const T max = *entries[side].max, sum = entries[side].total();
+          const bool empty = is_empty(max) && !std::isnan(sum);
+          statistics[side * count + i] = log_sum_exp(max, sum);
+          saved[2 * side * count + i] = empty ? -INFINITY : max;
+          saved[(2 * side + 1) * count + i] = empty ? T(0) : sum;
+        }
+        const PositiveSums<T> positives = state.positive_sums(i);
+        statistics[2 * count + i] = positives.sum.total() * static_cast<T>(kLn2);
+        statistics[3 * count + i] = *positives.count;
+        const T max = *entries[0].max, sum = entries[0].total();
+        statistics[4 * count + i] = std::isnan(sum) ? sum
+                                    : is_empty(max) ? -INFINITY
+                                                    : max * static_cast<T>(kLn2);
+      }
+    });
+  }
+
+  void write_weighted(const Attended<T>& attended, T* out) const {
+    const int64_t width = problem_.query.width;
+    for_each_range(problem_.query.count, 64, [&](int64_t begin, int64_t end, Scratch&) {
+      for (int64_t i = begin; i < end; i++) {
+        const LogSum<T> entry = attended.rows.negative(i);
+        const T factor = weight_factor(T(1), *entry.max, entry.total());
+        for (int64_t d = 0; d < width; d++) out[i * width + d] = attended.query.row(0, i)[d] * factor;
+      }
+    });
+  }
+
+  static SideWeights<T> side_weights(const T* grad, const T* state, int64_t count) {
+    using W = SideWeights<T>;
+    W weights = make_side_weights<T>(count);
+    for (int64_t i = 0; i < count; i++) {
+      for (int side = 0; side < 2; side++) {
+        const T max = state[2 * side * count + i], sum = state[(2 * side + 1) * count + i];
+        if (max > excluded_logit<T> / 2) weights.field(2 * side)[i] = max;
+        weights.field(2 * side + 1)[i] = weight_factor(grad[side * count + i], max, sum);
+      }
+      weights.field(W::kConstant)[i] = grad[2 * count + i];
+    }
+    return weights;
+  }
+
+  double scale_gradient(const Partials<T>& sums) const {
+    double total = 0;
+    for (int64_t i = 0; i < sums.rows; i++)
+      for (int64_t p = 0; p < sums.parts; p++)
+        total += kernels<T>().dot(problem_.query.row(i), sums.row(p, i), sums.width);
+    return problem_.symmetric ? total / 2 : total;
+  }
+
+  // `factor` (null: 1) was multiplied into the rows; `grad_factor` is its gradient.
+  void write_side(const Side<T>& side, const Partials<T>& partials, const T* factor, T* out,
+                  T* grad_factor) const {
+    const T scale = static_cast<T>(call_.scale);
+    const int64_t width = problem_.query.width;
+    auto sum = [&](int64_t i, T* row) { add_parts(partials, i, row); };
+    if (side.unit.rows) {
+      write_gradients(side.unit, scale, sum, rows_of(out, width), grad_factor, factor);
+      for (int64_t i = 0; grad_factor && i < partials.rows; i++) grad_factor[i] *= scale;
+      return;
+    }
+    for_each_range(partials.rows, kRowGrain, [&](int64_t begin, int64_t end, Scratch& scratch) {
+      T* row = scratch.take<T>(kQuerySlot, partials.width);
+      for (int64_t i = begin; i < end; i++) {
+        std::fill_n(row, partials.width, T(0));
+        sum(i, row);
+        for (int64_t d = 0; d < width; d++) out[i * width + d] = row[d] * scale;
+      }
+    });
+  }
+
+  const SimilarityCall& call_;
+  const T* key_scale_;
+  Side<T> query_, key_;
+  BFloat16Sides bfloat16_;
+  Problem<T> problem_;
+};
+
+}  // namespace
+
+template <class T>
+void similarity_forward(const SimilarityCall& call, const SimilarityResult<T>& result) {
+  Similarity<T>(call, Use::statistics).forward(result);
+}
+template <class T>
+void similarity_topk(const SimilarityCall& call, int64_t k, T* values, int64_t* indices) {
+  Similarity<T>(call, Use::similarities).topk(k, values, indices);
+}
+template <class T>
+void similarity_backward(const SimilarityCall& call, const SimilaritySaved<T>& saved,
+                         const SimilarityGradients<T>& result) {
+  Similarity<T>(call, Use::gradients).backward(saved, result);
+}
+
+#define FASTCL_INSTANTIATE(T)                                                             \
+  template void similarity_forward<T>(const SimilarityCall&, const SimilarityResult<T>&); \
+  template void similarity_topk<T>(const SimilarityCall&, int64_t, T*, int64_t*);         \
+  template void similarity_backward<T>(const SimilarityCall&, const SimilaritySaved<T>&,  \
+                                       const SimilarityGradients<T>&);
+FASTCL_INSTANTIATE(float)
+FASTCL_INSTANTIATE(double)
+
+}  // namespace fastcl::cpu

@@ -1,0 +1,46 @@
+// A call of the statistics as it comes: inputs of any type, their statistics, and the inputs' gradients.
+#pragma once
+
+#include "cpu/losses/stats.h"
+#include "cpu/run/unit_rows.h"
+
+namespace fastcl::cpu {
+
+struct SimilarityCall {
+  Input query, key;  // symmetric: key is query
+  double scale;
+  const void *key_scale, *bias2;  // (M) of the compute type, or null
+  Ids exclude, positive;
+  bool normalize, symmetric, columns;
+  Precision precision;
+};
+
+// Statistics (5, count) and what of them the backward pass takes (4, count): max and sum of negatives and
+// positives. Null where not wanted.
+template <class T>
+struct SimilarityResult {
+  T *rows, *row_state, *columns, *column_state;
+  T* weighted;  // (N, D): sum_j p_ij y_j
+};
+template <class T>
+struct SimilaritySaved {
+  const T *grad_rows, *row_state, *grad_columns, *column_state;
+};
+// Contiguous, null where not wanted. For a symmetric call `query` receives both roles' gradient.
+template <class T>
+struct SimilarityGradients {
+  T *query, *key;
+  double* scale;
+  T *bias, *key_scale;
+};
+
+template <class T>
+void similarity_forward(const SimilarityCall& call, const SimilarityResult<T>& result);
+// The k most similar keys that are not excluded, as topk().
+template <class T>
+void similarity_topk(const SimilarityCall& call, int64_t k, T* values, int64_t* indices);
+template <class T>
+void similarity_backward(const SimilarityCall& call, const SimilaritySaved<T>& saved,
+                         const SimilarityGradients<T>& result);
+
+}  // namespace fastcl::cpu

@@ -1,0 +1,231 @@
+#include "cpu/losses/stats.h"
+
+#include <numeric>
+
+#include "cpu/run/products.h"
+
+namespace fastcl::cpu {
+
+namespace {
+
+constexpr int64_t kMaxKeptBytes = int64_t{48} << 20;
+constexpr int64_t kMinKeptShare = 8;  // at least one tile in so many, or none
+
+// Walks the tiles of a task and makes their logits, with the pair rule applied, or finds them made.
+template <class T>
+class TileWalk {
+ public:
+  TileWalk(const Problem<T>& problem, const Plan& plan, const Plan::Task& task, Scratch& scratch,
+           const KeptTiles<T>& kept, bool made)
+      : problem_(problem), plan_(plan), task_(task), kept_(kept), made_(made) {
+    const int64_t block = plan.query.block;
+    spare_ = scratch.take<T>(kTileSlot, block * block);
+    tile_.stride = block;
+    positive_ = tile_;
+    if (problem.positive.row) positive_.s = scratch.take<T>(kPositiveSlot, block * block);
+    products_ = make_products(problem, block, block, scratch);
+    T* const sums = scratch.take<T>(kSumSlot, 3 * block);
+    std::fill_n(sums, 3 * block, T(0));
+    unused_ = {{sums, sums + block}, sums + 2 * block};
+  }
+
+  // body(tile, positive, query_begin, key_begin) for each tile; `lane` and `row` receive the positives' sums
+  // and counts where given.
+  template <class Body>
+  void run(const State<T>* lane, const State<T>* row, const Body& body) {
+    const Groups &query = plan_.query, &key = plan_.key;
+    for (int64_t i = query.first_block(task_.query_group); i < query.first_block(task_.query_group + 1);
+         i++) {
+      const int64_t begin = i * query.block;
+      tile_.lanes = std::min(query.block, query.count - begin);
+      products_->set_lanes(begin, tile_.lanes);
+      const int64_t first = task_.on_diagonal ? i : key.first_block(task_.key_group);
+      for (int64_t j = first; j < key.first_block(task_.key_group + 1); j++) {
+        const int64_t key_begin = j * key.block;
+        tile_.rows = std::min(key.block, key.count - key_begin);
+        products_->set_rows(key_begin, tile_.rows);
+        T* const kept = kept_.tile(i, j);
+        tile_.s = kept ? kept : spare_;
+        if (!kept || !made_) make_logits(begin, key_begin, lane, plan_.symmetric && i == j ? nullptr : row);
+        body(tile_, positive_, begin, key_begin);
+      }
+    }
+  }
+  // Of the present tile.
+  Products<T>& products() { return *products_; }
+
+ private:
+  void make_logits(int64_t begin, int64_t key_begin, const State<T>* lane, const State<T>* row) {
+    const Problem<T>& p = problem_;
+    products_->logits(tile_);
+    if (p.exclude.row) k_.exclude(tile_, {p.exclude.row + key_begin, p.exclude.lane + begin});
+    if (!p.positive.row) return;
+    positive_.rows = tile_.rows;
+    positive_.lanes = tile_.lanes;
+    k_.split(tile_, positive_, {p.positive.row + key_begin, p.positive.lane + begin},
+             lane ? lane->positive_sums(begin) : unused_, row ? row->positive_sums(key_begin) : unused_);
+  }
+
+  const Problem<T>& problem_;
+  const Plan& plan_;
+  const Plan::Task task_;
+  const KeptTiles<T>& kept_;
+  const bool made_;
+  const Kernels<T>& k_ = kernels<T>();
+  std::unique_ptr<Products<T>> products_;
+  Tile<T> tile_, positive_;
+  T* spare_;
+  PositiveSums<T> unused_;
+};
+
+template <class T>
+State<T> merge_parts(std::vector<State<T>> parts, int64_t count) {
+  if (parts.size() > 1) {
+    for_each_range(count, 4096, [&](int64_t begin, int64_t end, Scratch&) {
+      for (size_t p = 1; p < parts.size(); p++) merge_state(parts[0], parts[p], begin, end);
+    });
+  }
+  return std::move(parts[0]);
+}
+
+template <class T>
+Plan plan_of(const Problem<T>& problem) {
+  return make_plan(problem.query.count, problem.key.count, problem.symmetric);
+}
+
+template <class T>
+void clear(const Partials<T>& partials, int64_t part, int64_t begin, int64_t end) {
+  if (partials) std::fill(partials.row(part, begin), partials.row(part, end), T(0));
+}
+
+}  // namespace
+
+template <class T>
+KeptTiles<T> make_kept_tiles(const Problem<T>& problem) {
+  KeptTiles<T> kept;
+  kept.plan = plan_of(problem);
+  const int64_t blocks = kept.plan.query.blocks, block = kept.plan.query.block;
+  const int64_t tiles = problem.symmetric ? blocks * (blocks + 1) / 2 : blocks * kept.plan.key.blocks;
+  const int64_t affordable = kMaxKeptBytes / (block * block * static_cast<int64_t>(sizeof(T)));
+  if (affordable * kMinKeptShare < tiles) return kept;
+  kept.capacity = std::min(tiles, affordable);
+  kept.tiles = allocate<T>(kept.capacity * block * block);
+  return kept;
+}
+
+template <class T>
+Statistics<T> statistics(const Problem<T>& problem, bool columns, const KeptTiles<T>& keep) {
+  const int64_t queries = problem.query.count, keys = problem.key.count;
+  const Plan plan = keep ? keep.plan : plan_of(problem);
+  std::vector<State<T>> lane_parts, row_parts;
+  for (int64_t p = 0; p < plan.query.copies; p++) lane_parts.push_back(make_state<T>(queries));
+  for (int64_t p = 0; columns && p < plan.key.copies; p++) row_parts.push_back(make_state<T>(keys));
+
+  for_each_task(plan, [&](const Plan::Task& task, Scratch& scratch) {
+    const Kernels<T>& k = kernels<T>();
+    const State<T>& lane = lane_parts[task.query_copy];
+    const State<T>* row = problem.symmetric ? &lane : columns ? &row_parts[task.key_copy] : nullptr;
+    TileWalk<T>(problem, plan, task, scratch, keep, false)
+        .run(&lane, row, [&](Tile<T> tile, Tile<T> positive, int64_t begin, int64_t key_begin) {
+          const bool both = columns || (problem.symmetric && begin != key_begin);
+          if (both)
+            k.both_log_sum(tile, lane.negative(begin), row->negative(key_begin));
+          else
+            k.lane_log_sum(tile, lane.negative(begin));
+          if (!problem.positive.row) return;
+          if (both)
+            k.both_log_sum(positive, lane.positive(begin), row->positive(key_begin));
+          else
+            k.lane_log_sum(positive, lane.positive(begin));
+        });
+  });
+  Statistics<T> result;
+  result.rows = merge_parts(std::move(lane_parts), queries);
+  if (columns) result.columns = merge_parts(std::move(row_parts), keys);
+  return result;
+}
+
+template <class T>
+SideWeights<T> make_side_weights(int64_t count) {
+  const int64_t stride = round_up(count, kLaneUnit);
+  SideWeights<T> weights{allocate_filled<T>(SideWeights<T>::kFields * stride, T(0)), stride};
+  for (int f : {SideWeights<T>::kNegMax, SideWeights<T>::kPosMax})
+    std::fill_n(weights.field(f), stride, excluded_logit<T>);
+  return weights;
+}
+
+template <class T>
+PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, const SideWeights<T>& columns,
+                      Wanted wanted, const KeptTiles<T>& kept) {
+  const int64_t queries = problem.query.count, keys = problem.key.count;
+  const int64_t width = round_up(problem.query.width, kernels<T>().vector);
+  const bool symmetric = problem.symmetric;
+  const Plan plan = kept ? kept.plan : plan_of(problem);
+  PairSums<T> sums;
+  if (wanted.query) sums.query = make_partials<T>(plan.query.copies, queries, width);
+  if (wanted.key) sums.key = make_partials<T>(plan.key.copies, keys, width);
+  if (wanted.bias) sums.bias = make_partials<T>(plan.key.copies, keys, 1);
+  if (plan.tasks.empty()) {
+    clear(sums.query, 0, 0, queries);
+    clear(sums.key, 0, 0, keys);
+    clear(sums.bias, 0, 0, keys);
+  }
+
+  const bool by_tiles = wanted.scale && problem.bfloat16.parts;
+  std::vector<double> weighted(by_tiles ? plan.tasks.size() : 0);
+
+  for_each_task(plan, [&](const Plan::Task& task, Scratch& scratch) {
+    const Kernels<T>& k = kernels<T>();
+    if (task.query_turn == 0)
+      clear(sums.query, task.query_copy, plan.query.begin(task.query_group),
+            plan.query.end(task.query_group));
+    if (task.key_turn == 0) {
+      clear(sums.key, task.key_copy, plan.key.begin(task.key_group), plan.key.end(task.key_group));
+      clear(sums.bias, task.key_copy, plan.key.begin(task.key_group), plan.key.end(task.key_group));
+    }
+    const Partials<T>& row_out = symmetric ? sums.query : sums.key;
+    const SideWeights<T>& row_weights = symmetric ? rows : columns;
+    TileWalk<T> walk(problem, plan, task, scratch, kept, static_cast<bool>(kept));
+    walk.run(nullptr, nullptr, [&](Tile<T> tile, Tile<T> positive, int64_t begin, int64_t key_begin) {
+      Tile<T> logits = tile;
+      if (by_tiles) {
+        logits.s = scratch.take<T>(kLogitSlot, plan.query.block * tile.stride);
+        k.join_logits(logits, tile, problem.positive.row ? positive.s : nullptr);
+      }
+      if (problem.positive.row) {
+        const auto lane_pair = rows.pair(begin);
+        const auto row_pair = row_weights ? row_weights.pair(key_begin) : lane_pair;
+        k.pair_weights(tile, positive, &lane_pair, row_weights ? &row_pair : nullptr);
+      } else if (row_weights) {
+        k.both_weights(tile, rows.negative(begin), row_weights.negative(key_begin));
+      } else {
+        k.lane_weights(tile, rows.negative(begin));
+      }
+      if (by_tiles) {
+        const bool twice = symmetric && begin == key_begin;  // such a tile holds each pair with both roles
+        weighted[&task - plan.tasks.data()] +=
+            k.weighted_sum(tile, logits, problem.bias2 ? problem.bias2 + key_begin : nullptr) /
+            (twice ? 2 : 1);
+      }
+      if (sums.query) walk.products().add_to_lanes(tile, sums.query.row(task.query_copy, begin));
+      if (symmetric ? begin != key_begin : static_cast<bool>(sums.key))
+        walk.products().add_to_rows(tile, row_out.row(task.key_copy, key_begin));
+      if (sums.bias)
+        for (int64_t r = 0; r < tile.rows; r++)
+          *sums.bias.row(task.key_copy, key_begin + r) += k.sum(tile.row(r), tile.lanes);
+    });
+  });
+  if (by_tiles) sums.scale = std::accumulate(weighted.begin(), weighted.end(), 0.0) / problem.scale2;
+  return sums;
+}
+
+#define FASTCL_INSTANTIATE(T)                                                                                \
+  template KeptTiles<T> make_kept_tiles<T>(const Problem<T>&);                                               \
+  template Statistics<T> statistics<T>(const Problem<T>&, bool, const KeptTiles<T>&);                        \
+  template SideWeights<T> make_side_weights<T>(int64_t);                                                     \
+  template PairSums<T> pair_sums<T>(const Problem<T>&, const SideWeights<T>&, const SideWeights<T>&, Wanted, \
+                                    const KeptTiles<T>&);
+FASTCL_INSTANTIATE(float)
+FASTCL_INSTANTIATE(double)
+
+}  // namespace fastcl::cpu

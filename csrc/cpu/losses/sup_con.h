@@ -1,0 +1,32 @@
+// SupCon, value and gradients in one call.
+#pragma once
+
+#include "cpu/run/unit_rows.h"
+
+namespace fastcl::cpu {
+
+// Row i of the queries is row i of the keys: it takes no part in its own loss.
+struct SupCon {
+  Input query, key;  // no key rows: the queries are the keys
+  double scale;
+  const int64_t *query_labels, *key_labels;
+  bool normalize;
+  bool log_of_mean;  // variant 'in', else 'out'
+  bool mean;
+  Precision precision;
+
+  bool symmetric() const { return !key.data; }
+};
+
+// Where results go; gradients are for an incoming gradient of 1, null where not wanted.
+template <class T>
+struct SupConResult {
+  T* loss;
+  T *query, *key;  // contiguous
+  double* scale;
+};
+
+template <class T>
+void sup_con(const SupCon& args, const SupConResult<T>& result);
+
+}  // namespace fastcl::cpu

@@ -1,0 +1,64 @@
+#include "cpu/simd/isa.h"
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+
+namespace fastcl::cpu {
+
+namespace {
+
+// Linux lets a process use the tiles once it has asked.
+bool request_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+Isa find_best_isa() {
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool bfloat16 = __builtin_cpu_supports("avx512bf16");
+  const bool amx = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
+  if (!avx512) return avx2 ? Isa::avx2 : Isa::generic;
+  if (!bfloat16) return Isa::avx512;
+  return amx && request_tiles() ? Isa::amx : Isa::avx512_bf16;
+}
+
+}  // namespace
+
+Isa best_isa() {
+  static const Isa best = find_best_isa();
+  return best;
+}
+
+namespace {
+std::atomic<Isa> current{best_isa()};
+}
+
+Isa current_isa() { return current; }
+void force_isa(Isa isa) { current = isa; }
+
+template <>
+const Kernels<float>& kernels<float>() {
+  const Isa isa = current_isa();
+  if (isa >= Isa::avx512) return *kernels_float_avx512();
+  return isa == Isa::avx2 ? *kernels_float_avx2() : *kernels_float_generic();
+}
+
+template <>
+const Kernels<double>& kernels<double>() {
+  const Isa isa = current_isa();
+  if (isa >= Isa::avx512) return *kernels_double_avx512();
+  return isa == Isa::avx2 ? *kernels_double_avx2() : *kernels_double_generic();
+}
+
+const BFloat16Kernels* bfloat16_kernels() {
+  const Isa isa = current_isa();
+  if (isa < Isa::avx512_bf16) return nullptr;
+  return isa == Isa::amx ? bfloat16_kernels_amx() : bfloat16_kernels_avx512_bf16();
+}
+
+}  // namespace fastcl::cpu

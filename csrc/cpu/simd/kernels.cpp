@@ -1,0 +1,331 @@
+// The tile kernels, compiled once per instruction set (FASTCL_ISA names it). No standard library:
+// an inline function shared with other objects could be the copy that needs a newer machine.
+#include "cpu/simd/kernels.h"
+
+#include "cpu/simd/gemm.h"
+#include "cpu/simd/log_sum.h"
+
+namespace fastcl::cpu {
+namespace {
+
+// ---- loading and packing ----
+
+template <class T, class S>
+void convert_rows(T* dst, int64_t dst_stride, const S* src, int64_t src_stride, int64_t rows, int64_t width,
+                  const T* factor) {
+  for (int64_t r = 0; r < rows; r++) {
+    const T f = factor ? factor[r] : T(1);
+    for (int64_t k = 0; k < width; k++) dst[r * dst_stride + k] = static_cast<T>(src[r * src_stride + k]) * f;
+    for (int64_t k = width; k < dst_stride; k++) dst[r * dst_stride + k] = 0;
+  }
+}
+
+struct BFloat16 {
+  uint16_t bits;
+  operator float() const { return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16); }
+};
+
+template <class T>
+void load_rows(T* dst, int64_t dst_stride, const void* src, DType dtype, int64_t src_stride, int64_t rows,
+               int64_t width, const T* factor) {
+  auto convert = [&](auto* typed) { convert_rows(dst, dst_stride, typed, src_stride, rows, width, factor); };
+  switch (dtype) {
+    case DType::float64:
+      return convert(static_cast<const double*>(src));
+    case DType::float32:
+      return convert(static_cast<const float*>(src));
+    case DType::float16:
+      return convert(static_cast<const _Float16*>(src));
+    case DType::bfloat16:
+      return convert(static_cast<const BFloat16*>(src));
+  }
+}
+
+template <class T>
+T dot(const T* a, const T* b, int64_t width) {
+  constexpr int64_t kBlock = 32 * kPanel<T>;
+  Vec<T> sum = {};
+  int64_t k = 0;
+  while (k + kPanel<T> <= width) {
+    const int64_t end = width - k < kBlock ? width : k + kBlock;
+    Vec<T> acc[2] = {};
+    for (; k + kPanel<T> <= end; k += kPanel<T>) {
+      acc[0] += load(a + k) * load(b + k);
+      acc[1] += load(a + k + kLanes<T>) * load(b + k + kLanes<T>);
+    }
+    sum += acc[0] + acc[1];
+  }
+  T total = horizontal_sum<T>(sum);
+  for (; k < width; k++) total += a[k] * b[k];
+  return total;
+}
+
+template <class T>
+T sum(const T* x, int64_t width) {
+  Vec<T> total = {};
+  int64_t k = 0;
+  for (; k + kLanes<T> <= width; k += kLanes<T>) total += load(x + k);
+  T rest = 0;
+  for (; k < width; k++) rest += x[k];
+  return horizontal_sum<T>(total) + rest;
+}
+
+template <class T>
+void add_scaled(T* y, const T* x, T alpha, int64_t width) {
+  for (int64_t k = 0; k < width; k++) y[k] += alpha * x[k];
+}
+
+// Rows are readable to whole vectors.
+template <class T>
+void pack_lanes(T* packed, const T* x, int64_t stride, int64_t lanes, int64_t width) {
+  constexpr int64_t kSide = kLanes<T>;
+  for (int64_t first = 0; first < round_up(lanes, kPanel<T>); first += kSide) {
+    T* panel = packed + first / kPanel<T> * kPanel<T> * width + first % kPanel<T>;
+    for (int64_t k = 0; k < width; k += kSide) {
+      Vec<T> square[kSide];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kSide; i++)
+        square[i] = first + i < lanes ? load(x + (first + i) * stride + k) : Vec<T>{};
+      transpose<T>(square);
+      for (int64_t i = 0; i < kSide && k + i < width; i++) store(panel + (k + i) * kPanel<T>, square[i]);
+    }
+  }
+}
+
+// ---- products ----
+
+template <class T>
+void logits(Tile<T> tile, const T* y, int64_t y_stride, const T* packed, int64_t width, T scale,
+            const T* bias) {
+  const int64_t padded = vectors_of(tile) * kLanes<T>;
+  gemm<T>(tile.rows, padded, width, {y, y_stride, 1}, packed, kPanel<T>, kPanel<T> * width, tile.s,
+          tile.stride, {false, scale, bias});
+  for (int64_t r = 0; r < tile.rows; r++)
+    for (int64_t i = tile.lanes; i < padded; i++) tile.row(r)[i] = excluded_logit<T>;
+}
+
+template <class T>
+void add_to_lanes(Tile<T> tile, const T* y, int64_t y_stride, T* out, int64_t out_stride, int64_t width) {
+  gemm<T>(tile.lanes, width, tile.rows, {tile.s, 1, tile.stride}, y, y_stride, kPanel<T>, out, out_stride,
+          {true, T(1), nullptr});
+}
+
+template <class T>
+void add_to_rows(Tile<T> tile, const T* x, int64_t x_stride, T* out, int64_t out_stride, int64_t width) {
+  gemm<T>(tile.rows, width, tile.lanes, {tile.s, tile.stride, 1}, x, x_stride, kPanel<T>, out, out_stride,
+          {true, T(1), nullptr});
+}
+
+// ---- the pair rule ----
+
+// Calls body(row) for the rows whose id lies in the range of the lanes' ids: most tiles have none.
+template <class T, class Body>
+void for_rows_in_range(Tile<T> tile, Ids ids, Body body) {
+  int64_t low = ids.lane[0], high = ids.lane[0];
+  for (int64_t i = 1; i < tile.lanes; i++) {
+    low = ids.lane[i] < low ? ids.lane[i] : low;
+    high = ids.lane[i] > high ? ids.lane[i] : high;
+  }
+  for (int64_t r = 0; r < tile.rows; r++)
+    if (ids.row[r] >= low && ids.row[r] <= high) body(r);
+}
+
+template <class T>
+void exclude(Tile<T> tile, Ids ids) {
+  for_rows_in_range(tile, ids, [&](int64_t r) {
+    T* s = tile.row(r);
+    const int64_t id = ids.row[r];
+    for (int64_t i = 0; i < tile.lanes; i++) s[i] = ids.lane[i] == id ? excluded_logit<T> : s[i];
+  });
+}
+
+template <class T>
+void split(Tile<T> tile, Tile<T> positive, Ids ids, PositiveSums<T> lane, PositiveSums<T> row) {
+  const int64_t padded = vectors_of(tile) * kLanes<T>;
+  for (int64_t r = 0; r < tile.rows; r++)
+    for (int64_t i = 0; i < padded; i += kLanes<T>) store(positive.row(r) + i, empty_vector<T>());
+  alignas(64) T lane_sum[kMaxTile];
+  int64_t summed = 0;
+  auto flush = [&] {
+    for (int64_t i = 0; summed && i < padded; i += kLanes<T>)
+      add(lane.sum + i, load(lane_sum + i), splat(T(1)));
+    for (int64_t i = 0; i < padded; i += kLanes<T>) store(lane_sum + i, Vec<T>{});
+    summed = 0;
+  };
+  flush();
+  for_rows_in_range(tile, ids, [&](int64_t r) {
+    T *s = tile.row(r), *p = positive.row(r);
+    const int64_t id = ids.row[r];
+    for (int64_t i = 0; i < tile.lanes; i++) {
+      const bool is_positive = ids.lane[i] == id && !is_empty(s[i]);
+      p[i] = is_positive ? s[i] : excluded_logit<T>;
+      s[i] = is_positive ? excluded_logit<T> : s[i];
+    }
+    Vec<T> sum = {}, count = {};
+    for (int64_t i = 0; i < padded; i += kLanes<T>) {
+      const Vec<T> value = load(p + i), zero = {};
+      const auto is_positive = value > excluded_logit<T> / 2 || value != value;
+      const Vec<T> counted = is_positive ? value : zero, one = is_positive ? splat(T(1)) : zero;
+      store(lane_sum + i, load(lane_sum + i) + counted);
+      store(lane.count + i, load(lane.count + i) + one);
+      sum += counted;
+      count += one;
+    }
+    add(row.sum + r, horizontal_sum<T>(sum), T(1));
+    row.count[r] += horizontal_sum<T>(count);
+    if (++summed == kSumRows) flush();
+  });
+  flush();
+}
+
+// ---- weights of the backward pass ----
+
+template <class T>
+void lane_weights(Tile<T> tile, Weight<T> lane) {
+  for (int64_t v = 0; v < vectors_of(tile); v++) {
+    const int64_t offset = v * kLanes<T>;
+    const Vec<T> max = load(lane.max + offset), factor = load(lane.factor + offset);
+    for (int64_t r = 0; r < tile.rows; r++)
+      store(tile.row(r) + offset, exp2(load(tile.row(r) + offset) - max) * factor);
+  }
+}
+
+template <class T>
+void separate_weights(Tile<T> tile, Weight<T> lane, Weight<T> row) {
+  for (int64_t r = 0; r < tile.rows; r++) {
+    for (int64_t i = 0; i < vectors_of(tile) * kLanes<T>; i += kLanes<T>) {
+      const Vec<T> s = load(tile.row(r) + i);
+      store(tile.row(r) + i, exp2(s - load(lane.max + i)) * load(lane.factor + i) +
+                                 exp2(s - splat(row.max[r])) * splat(row.factor[r]));
+    }
+  }
+}
+
+template <class T>
+void both_weights(Tile<T> tile, Weight<T> lane, Weight<T> row) {
+  T highest = excluded_logit<T>, lowest = -excluded_logit<T>;
+  auto widen = [&](T max) {
+    highest = maximum(highest, max);
+    lowest = is_empty(max) ? lowest : minimum(lowest, max);
+  };
+  for (int64_t i = 0; i < tile.lanes; i++) widen(lane.max[i]);
+  for (int64_t r = 0; r < tile.rows; r++) widen(row.max[r]);
+  if (highest - lowest > kSharedRange<T>) return separate_weights(tile, lane, row);
+  const Vec<T> reference = splat(highest), bound = splat(2 * kSharedRange<T>);
+  alignas(64) T lane_factor[kMaxTile];
+  const int64_t padded = vectors_of(tile) * kLanes<T>;
+  for (int64_t i = 0; i < padded; i += kLanes<T>)
+    store(lane_factor + i, load(lane.factor + i) * exp2(minimum(reference - load(lane.max + i), bound)));
+  for (int64_t r = 0; r < tile.rows; r++) {
+    const Vec<T> factor = exp2(minimum(reference - splat(row.max[r]), bound)) * splat(row.factor[r]);
+    T* s = tile.row(r);
+    for (int64_t i = 0; i < padded; i += kLanes<T>)
+      store(s + i, exp2(load(s + i) - reference) * (load(lane_factor + i) + factor));
+  }
+}
+
+template <class T>
+void pair_weights(Tile<T> tile, Tile<T> positive, const typename Kernels<T>::PairWeight* lane,
+                  const typename Kernels<T>::PairWeight* row) {
+  const Vec<T> zero = {};
+  for (int64_t r = 0; r < tile.rows; r++) {
+    for (int64_t i = 0; i < vectors_of(tile) * kLanes<T>; i += kLanes<T>) {
+      const Vec<T> negative = load(tile.row(r) + i), p = load(positive.row(r) + i);
+      const auto is_positive = p > excluded_logit<T> / 2 || p != p;
+      auto weigh = [&](Vec<T> max, Vec<T> factor, Vec<T> positive_max, Vec<T> positive_factor,
+                       Vec<T> constant) {
+        const Vec<T> weight = exp2(is_positive ? p - positive_max : negative - max);
+        return weight * (is_positive ? positive_factor : factor) + (is_positive ? constant : zero);
+      };
+      Vec<T> w =
+          weigh(load(lane->negative.max + i), load(lane->negative.factor + i), load(lane->positive.max + i),
+                load(lane->positive.factor + i), load(lane->constant + i));
+      if (row)
+        w += weigh(splat(row->negative.max[r]), splat(row->negative.factor[r]), splat(row->positive.max[r]),
+                   splat(row->positive.factor[r]), splat(row->constant[r]));
+      store(tile.row(r) + i, w);
+    }
+  }
+}
+
+template <class T>
+void join_logits(Tile<T> to, Tile<T> tile, const T* positive) {
+  for (int64_t r = 0; r < tile.rows; r++) {
+    for (int64_t i = 0; i < vectors_of(tile) * kLanes<T>; i += kLanes<T>) {
+      const Vec<T> logit = load(tile.row(r) + i);
+      store(to.row(r) + i, positive ? maximum(logit, load(positive + r * tile.stride + i)) : logit);
+    }
+  }
+}
+
+template <class T>
+double weighted_sum(Tile<T> weight, Tile<T> logit, const T* bias) {
+  double total = 0;
+  for (int64_t r = 0; r < weight.rows; r++) {
+    const Vec<T> offset = splat(bias ? bias[r] : T(0));
+    Vec<T> sum = {};
+    for (int64_t i = 0; i < vectors_of(weight) * kLanes<T>; i += kLanes<T>)
+      sum += load(weight.row(r) + i) * (load(logit.row(r) + i) - offset);
+    total += horizontal_sum<T>(sum);
+  }
+  return total;
+}
+
+template <class T>
+void lane_quantile(Tile<T> tile, int64_t rank, T* value) {
+  constexpr int kHalvings = 12;  // of the range; few enough that equal rows stay above the result
+  for (int64_t offset = 0; offset < tile.lanes; offset += kLanes<T>) {
+    Vec<T> low = load(tile.s + offset), high = low;
+    for (int64_t r = 1; r < tile.rows; r++) {
+      const Vec<T> s = load(tile.row(r) + offset);
+      low = minimum(low, s);
+      high = maximum(high, s);
+    }
+    low -= (high - low) + T(1e-3) * maximum(high, -high);
+    for (int halving = 0; halving < kHalvings; halving++) {
+      const Vec<T> middle = T(0.5) * (low + high);
+      Vec<T> above = {};
+      for (int64_t r = 0; r < tile.rows; r++)
+        above += load(tile.row(r) + offset) > middle ? splat(T(1)) : Vec<T>{};
+      low = above >= static_cast<T>(rank) ? middle : low;
+      high = above >= static_cast<T>(rank) ? high : middle;
+    }
+    for (int64_t i = 0; i < kLanes<T> && offset + i < tile.lanes; i++) value[offset + i] = low[i];
+  }
+}
+
+template <class T>
+int64_t select_above(Tile<T> tile, const T* threshold, Selected<T> selected) {
+  int64_t count = 0;
+  for (int64_t r = 0; r < tile.rows; r++) {
+    for (int64_t v = 0; v < vectors_of(tile); v++) {
+      const int64_t offset = v * kLanes<T>;
+      uint32_t above = not_at_most(load(tile.row(r) + offset), load(threshold + offset));
+      for (; above; above &= above - 1) {
+        const int64_t i = offset + __builtin_ctz(above);
+        selected.value[count] = tile.row(r)[i];
+        selected.place[2 * count] = static_cast<int32_t>(r);
+        selected.place[2 * count + 1] = static_cast<int32_t>(i);
+        count++;
+      }
+    }
+  }
+  return count;
+}
+
+template <class T>
+constexpr Kernels<T> kTable = {
+    kLanes<T>,       kPanel<T>,       load_rows<T>,    dot<T>,           sum<T>,          add_scaled<T>,
+    pack_lanes<T>,   logits<T>,       add_to_lanes<T>, add_to_rows<T>,   exclude<T>,      split<T>,
+    lane_max<T>,     lane_log_sum<T>, both_log_sum<T>, exponentiate<T>,  lane_weights<T>, both_weights<T>,
+    pair_weights<T>, join_logits<T>,  weighted_sum<T>, lane_quantile<T>, select_above<T>,
+};
+
+}  // namespace
+
+#define FASTCL_NAME_(type, isa) kernels_##type##_##isa
+#define FASTCL_NAME(type, isa) FASTCL_NAME_(type, isa)
+const Kernels<float>* FASTCL_NAME(float, FASTCL_ISA)() { return &kTable<float>; }
+const Kernels<double>* FASTCL_NAME(double, FASTCL_ISA)() { return &kTable<double>; }
+
+}  // namespace fastcl::cpu

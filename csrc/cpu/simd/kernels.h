@@ -1,0 +1,151 @@
+// What one instruction set offers: kernels over one tile of the similarity matrix.
+//
+// A tile is stored as s[row][lane]: rows are keys, lanes are queries, so that statistics of a query
+// are vertical and need no shuffles. Logits are in log2 units: exp2 serves everywhere.
+#pragma once
+
+#include <cstdint>
+
+// What files of several instruction sets share may not become a symbol: of copies under one name the linker
+// keeps any, also that of the newest instructions.
+#define FASTCL_ALWAYS_INLINE __attribute__((always_inline)) inline
+
+namespace fastcl::cpu {
+
+namespace {  // a copy per instruction set
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+}  // namespace
+
+enum class DType : int { float64, float32, float16, bfloat16 };
+
+// Stands for "no such pair": far below every logit, yet finite, so that no arithmetic on it makes a NaN.
+template <class T>
+constexpr T excluded_logit = sizeof(T) == 4 ? T(-1e38) : T(-1e300);
+template <class T>
+FASTCL_ALWAYS_INLINE constexpr bool is_empty(T maximum) {
+  return maximum <= excluded_logit<T> / 2;
+}
+
+// A running sum and what rounding has left out of it, so that its error does not grow with its length.
+template <class T>
+struct Sum {
+  T* sum;
+  T* rest;
+
+  FASTCL_ALWAYS_INLINE T total() const {
+    return *rest - *rest == 0 ? *sum + *rest : *sum;
+  }  // a sum that is not finite has no rest
+  FASTCL_ALWAYS_INLINE Sum operator+(int64_t i) const { return {sum + i, rest + i}; }
+};
+
+// Running max and sum of exp2(logit - max), per lane or per row.
+template <class T>
+struct LogSum {
+  T* max;
+  Sum<T> sum;
+
+  FASTCL_ALWAYS_INLINE T total() const { return sum.total(); }
+};
+
+// Sum and number of the positives, per lane or per row.
+template <class T>
+struct PositiveSums {
+  Sum<T> sum;
+  T* count;
+};
+
+// Weight exp2(logit - max) * factor, per lane or per row.
+template <class T>
+struct Weight {
+  const T* max;
+  const T* factor;
+};
+
+template <class T>
+struct Tile {
+  T* s;
+  int64_t stride;
+  int64_t rows;
+  int64_t lanes;  // real lanes; the kernels work on whole vectors and ignore the rest
+
+  FASTCL_ALWAYS_INLINE T* row(int64_t r) const { return s + r * stride; }
+};
+
+// Positive pairs of a tile, told by their ids.
+struct Ids {
+  const int64_t* row = nullptr;
+  const int64_t* lane = nullptr;
+};
+
+// Pairs picked from a tile: their logits, and their row and lane in turn.
+template <class T>
+struct Selected {
+  T* value;
+  int32_t* place;
+};
+
+template <class T>
+struct Kernels {
+  int64_t vector;  // lanes per vector; widths are padded to it
+  int64_t panel;   // lanes per packed panel
+
+  // Converts rows to T, multiplies each by its factor (null: 1) and pads with zeros to the stride of dst.
+  void (*load_rows)(T* dst, int64_t dst_stride, const void* src, DType dtype, int64_t src_stride,
+                    int64_t rows, int64_t width, const T* factor);
+  T (*dot)(const T* a, const T* b, int64_t width);
+  T (*sum)(const T* x, int64_t width);
+  // y += alpha * x
+  void (*add_scaled)(T* y, const T* x, T alpha, int64_t width);
+
+  // Packs rows of x as the lanes of a tile.
+  void (*pack_lanes)(T* packed, const T* x, int64_t stride, int64_t lanes, int64_t width);
+  // tile = scale y x^T + bias (null: 0), bias per row; lanes past the last are excluded.
+  void (*logits)(Tile<T> tile, const T* y, int64_t y_stride, const T* packed, int64_t width, T scale,
+                 const T* bias);
+  // lane_out += tile^T y
+  void (*add_to_lanes)(Tile<T> tile, const T* y, int64_t y_stride, T* out, int64_t out_stride, int64_t width);
+  // row_out += tile x
+  void (*add_to_rows)(Tile<T> tile, const T* x, int64_t x_stride, T* out, int64_t out_stride, int64_t width);
+
+  void (*exclude)(Tile<T> tile, Ids ids);
+  // Moves positives to `positive` (excluded elsewhere there) and adds their sums and counts.
+  void (*split)(Tile<T> tile, Tile<T> positive, Ids ids, PositiveSums<T> lane, PositiveSums<T> row);
+
+  void (*lane_max)(Tile<T> tile, T* max);
+  void (*lane_log_sum)(Tile<T> tile, LogSum<T> lane);
+  void (*both_log_sum)(Tile<T> tile, LogSum<T> lane, LogSum<T> row);
+  // tile = exp2(tile - max), sum += its lane sums
+  void (*exponentiate)(Tile<T> tile, const T* max, T* sum);
+
+  // tile = weight of the lane (+ weight of the row)
+  void (*lane_weights)(Tile<T> tile, Weight<T> lane);
+  void (*both_weights)(Tile<T> tile, Weight<T> lane, Weight<T> row);
+  // The same where a pair may be positive: tile holds the negatives, `positive` the positives;
+  // constants are added on positives. row may be null.
+  struct PairWeight {
+    Weight<T> negative, positive;
+    const T* constant;
+  };
+  void (*pair_weights)(Tile<T> tile, Tile<T> positive, const PairWeight* lane, const PairWeight* row);
+
+  // to = the logits of both, each pair's being excluded in one of them; `positive` may be null
+  void (*join_logits)(Tile<T> to, Tile<T> tile, const T* positive);
+  // sum of weight * (logit - bias of the row), bias may be null; of tiles that stride alike
+  double (*weighted_sum)(Tile<T> weight, Tile<T> logit, const T* bias);
+
+  // A value per lane, near its quantile, that at least `rank` of its rows lie above.
+  void (*lane_quantile)(Tile<T> tile, int64_t rank, T* value);
+  // Lists the pairs whose logit is above the threshold of their lane (NaN counts as above).
+  int64_t (*select_above)(Tile<T> tile, const T* threshold, Selected<T> selected);
+};
+
+// Each is defined by kernels.cpp, compiled once per instruction set.
+const Kernels<float>* kernels_float_generic();
+const Kernels<float>* kernels_float_avx2();
+const Kernels<float>* kernels_float_avx512();
+const Kernels<double>* kernels_double_generic();
+const Kernels<double>* kernels_double_avx2();
+const Kernels<double>* kernels_double_avx512();
+
+}  // namespace fastcl::cpu

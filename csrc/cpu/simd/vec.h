@@ -1,0 +1,146 @@
+// Vectors of the instruction set this file is compiled for, by the compiler's vector extension.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace fastcl::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes), may_alias, aligned(alignof(T))));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+constexpr int64_t kLanes = kVectorBytes / sizeof(T);
+
+template <class T>
+inline Vec<T> load(const T* p) {
+  return *reinterpret_cast<const Vec<T>*>(p);
+}
+template <class T>
+inline void store(T* p, Vec<T> v) {
+  *reinterpret_cast<Vec<T>*>(p) = v;
+}
+template <class T>
+inline Vec<T> splat(T x) {
+  return x - Vec<T>{};
+}
+// Keeps a where b is NaN: the maximum of a row stays a number, its sum carries the NaN.
+template <class V>
+inline V maximum(V a, V b) {
+  return b > a ? b : a;
+}
+template <class V>
+inline V minimum(V a, V b) {
+  return b < a ? b : a;
+}
+template <class T>
+inline T horizontal_sum(Vec<T> v) {
+  T total = v[0];
+  for (int64_t i = 1; i < kLanes<T>; i++) total += v[i];
+  return total;
+}
+template <class T>
+inline T horizontal_max(Vec<T> v) {
+  T best = v[0];
+  for (int64_t i = 1; i < kLanes<T>; i++) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// Transposes a square, by swapping ever larger blocks across its diagonal.
+template <class T>
+inline void transpose(Vec<T> (&square)[kLanes<T>]) {
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Index Indices __attribute__((vector_size(kVectorBytes)));
+  constexpr int kSide = kLanes<T>;
+#pragma GCC unroll 4
+  for (int half = 1; half < kSide; half *= 2) {
+    Indices low = {}, high = {};
+    for (int e = 0; e < kSide; e++) {
+      low[e] = e & half ? kSide + e - half : e;
+      high[e] = e & half ? kSide + e : e + half;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kSide; i++) {
+      if (i & half) continue;
+      const Vec<T> a = square[i], b = square[i + half];
+      square[i] = __builtin_shuffle(a, b, low);
+      square[i + half] = __builtin_shuffle(a, b, high);
+    }
+  }
+}
+
+// A bit per lane: not (a <= b), so that NaN counts as above.
+inline uint32_t not_at_most(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLE_UQ);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLE_UQ));
+#else
+  return _mm_movemask_ps(_mm_cmpnle_ps((__m128)a, (__m128)b));
+#endif
+}
+inline uint32_t not_at_most(Vec<double> a, Vec<double> b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_NLE_UQ);
+#elif defined(__AVX2__)
+  return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_NLE_UQ));
+#else
+  return _mm_movemask_pd(_mm_cmpnle_pd((__m128d)a, (__m128d)b));
+#endif
+}
+
+// 2^x within an ulp for x <= 120 or so; 0 below the smallest normal number; NaN for NaN.
+inline Vec<float> exp2(Vec<float> x) {
+  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  const float round = 0x1.8p23f;
+  Vec<float> shifted = x + round;
+  Vec<float> f = x - (shifted - round);  // [-1/2, 1/2]
+  // minimax polynomial, relative error 2e-9
+  Vec<float> p = 1.5461444698569e-4f * f + 1.3400428177616e-3f;
+  p = p * f + 9.6180566785246e-3f;
+  p = p * f + 5.5503272266703e-2f;
+  p = p * f + 2.40226509222888e-1f;
+  p = p * f + 6.93147206702833e-1f;
+  p = p * f + 1.0f;
+  Int exponent = (reinterpret_cast<Int>(shifted) << 23) + 0x3f800000;
+  return x < -126.0f ? Vec<float>{} : p * reinterpret_cast<Vec<float>>(exponent);
+}
+
+inline Vec<double> exp2(Vec<double> x) {
+  typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+  const double round = 0x1.8p52;
+  Vec<double> shifted = x + round;
+  Vec<double> f = x - (shifted - round);
+  // minimax polynomial, relative error below 1e-17
+  Vec<double> p = 2.5733568308756891235e-11 * f + 4.4566753410492058782e-10;
+  p = p * f + 7.0548943863483480445e-9;
+  p = p * f + 1.017805119296064896e-7;
+  p = p * f + 1.3215486815999976975e-6;
+  p = p * f + 0.000015252733856293466416;
+  p = p * f + 0.00015403530393362755291;
+  p = p * f + 0.0013333558146390352775;
+  p = p * f + 0.0096181291076284830543;
+  p = p * f + 0.055504108664821698992;
+  p = p * f + 0.24022650695910071228;
+  p = p * f + 0.69314718055994530835;
+  p = p * f + 1.0;
+  Int exponent = (reinterpret_cast<Int>(shifted) << 52) + 0x3ff0000000000000;
+  return x < -1022.0 ? Vec<double>{} : p * reinterpret_cast<Vec<double>>(exponent);
+}
+
+}  // namespace
+}  // namespace fastcl::cpu

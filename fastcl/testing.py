@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcl import dispatch, native
-from fastcl.numerics import compute_dtype
-from fastcl.rules import PairRule
-from fastcl.stats import SimilarityStats
+from fastcl.backends import native, triton
+from fastcl.similarity.numerics import compute_dtype
+from fastcl.similarity.rules import PairRule
+from fastcl.similarity.stats import SimilarityStats
 
 # FASTCL_TEST_DEVICE=cuda tests the GPU's backends, TRITON_INTERPRET=1 Triton's kernels on the CPU
 DEVICE = torch.device(os.environ.get("FASTCL_TEST_DEVICE", "cpu"))
-INTERPRETED = dispatch.triton_is_interpreted()
+INTERPRETED = triton.is_interpreted()
 # Triton leaves float64 to other backends
 IN_FLOAT64 = DEVICE.type == "cpu" and not INTERPRETED
 WIDEST = torch.float64 if IN_FLOAT64 else torch.float32

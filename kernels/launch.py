@@ -16,8 +16,8 @@ from torch import Tensor
 from fastcl.kernels import tiles
 from fastcl.kernels.device import attend, gradient, rows, statistics
 from fastcl.kernels.device.tile import Partials, Side, Stored
-from fastcl.numerics import LOG2E, matmul_precision_level
-from fastcl.problem import Problem
+from fastcl.similarity.numerics import LOG2E, matmul_precision_level
+from fastcl.similarity.problem import Problem
 
 INTERPRETED = triton.knobs.runtime.interpret
 # enough programs to fill any GPU of today; fixed, so that results depend on shapes only

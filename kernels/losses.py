@@ -14,8 +14,8 @@ from fastcl.kernels.device import one_positive as device
 from fastcl.kernels.device.one_positive import Chain, Direction
 from fastcl.kernels.device.tile import Partials, Side
 from fastcl.kernels.launch import UnitRows
-from fastcl.one_positive import BATCH, NEGATIVES, PAIRS, VIEWS, OnePositive
-from fastcl.problem import PairGradients
+from fastcl.losses.families.one_positive import BATCH, NEGATIVES, PAIRS, VIEWS, OnePositive
+from fastcl.similarity.problem import PairGradients
 
 _BLOCK = 64
 

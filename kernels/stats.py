@@ -15,8 +15,8 @@ from torch import Tensor
 from fastcl.kernels import launch, tiles
 from fastcl.kernels.device.tile import Partials, Side, Stored
 from fastcl.kernels.launch import UnitRows
-from fastcl.numerics import LOG2E
-from fastcl.problem import Needs, PairGradients, Prepared, Problem, input_gradients, wanted_pairs
+from fastcl.similarity.numerics import LOG2E
+from fastcl.similarity.problem import Needs, PairGradients, Prepared, Problem, input_gradients, wanted_pairs
 
 _CHUNK_ELEMENTS = 1 << 25
 
@@ -59,7 +59,7 @@ class _Sides:
 
 @launch.at_its_precision
 def stats_forward(problem: Problem, weighted_keys: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`fastcl.chunked.stats_forward`."""
+    """As :func:`fastcl.backends.chunked.stats_forward`."""
     sides = _Sides(problem)
     query, key, scale = sides.query, sides.key, sides.scale
     columns, column_state, weighted = scale.new_empty(5, 0), scale.new_empty(4, 0), scale.new_empty(0)
@@ -92,7 +92,7 @@ def stats_backward(
     column_state: Tensor,
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
-    """As :func:`fastcl.chunked.stats_backward`."""
+    """As :func:`fastcl.backends.chunked.stats_backward`."""
     sides = _Sides(problem)
     labelled = sides.query.positive is not None
     query_weights = _weights(grad_rows, row_state, labelled)

@@ -12,8 +12,9 @@ import torch
 from loss_table import LOSSES, MASKED
 
 import fastcl
-from fastcl import native, testing
-from fastcl.numerics import constant_when_compiled
+from fastcl import testing
+from fastcl.backends import native
+from fastcl.similarity.numerics import constant_when_compiled
 
 ALL_NEGATIVE = inspect.signature(fastcl.similarity_stats).parameters["rule"].default
 

@@ -9,7 +9,8 @@ from loss_table import LOSSES
 from test_transforms import mochi_case
 
 import fastcl
-from fastcl import cpu, testing
+from fastcl import testing
+from fastcl.backends import cpu
 
 pytestmark = pytest.mark.skipif(not testing.IN_FLOAT64, reason="formulas are compared in float64")
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastcl.compiled import anchored
-from fastcl.numerics import FLOAT_DTYPES, INTEGER_DTYPES
+from fastcl.similarity.compiled import anchored
+from fastcl.similarity.numerics import FLOAT_DTYPES, INTEGER_DTYPES
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

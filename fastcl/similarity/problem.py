@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastcl.numerics import compute_dtype, inverse_norms, row_dot, unit_rows_backward
+from fastcl.similarity.numerics import compute_dtype, inverse_norms, row_dot, unit_rows_backward
 
 
 class Problem(NamedTuple):
@@ -21,19 +21,20 @@ class Problem(NamedTuple):
     query: Tensor  # (N, D)
     key: Tensor  # (M, D)
     scale: Tensor  # ()
-    key_bias: Tensor | None  # (M,)
-    key_scale: Tensor | None  # (M,)
-    positive_query: Tensor | None  # (N,) int64
-    positive_key: Tensor | None  # (M,) int64
-    positive_table: Tensor | None  # (B, B) bool
-    exclude_query: Tensor | None  # (N,) int64
-    exclude_key: Tensor | None  # (M,) int64
-    normalize: bool
-    columns: bool
-    symmetric: bool
-    precision: int  # of float32 products, as matmul_precision_level: of the backward pass too
+    key_bias: Tensor | None = None  # (M,)
+    key_scale: Tensor | None = None  # (M,)
+    positive_query: Tensor | None = None  # (N,) int64
+    positive_key: Tensor | None = None  # (M,) int64
+    positive_table: Tensor | None = None  # (B, B) bool
+    exclude_query: Tensor | None = None  # (N,) int64
+    exclude_key: Tensor | None = None  # (M,) int64
+    normalize: bool = False
+    columns: bool = False
+    symmetric: bool = False
+    precision: int = 0  # of float32 products, as matmul_precision_level: of the backward pass too
 
 
+PROBLEM_FIELDS = len(Problem._fields)
 PROBLEM_TENSORS = Problem._fields.index("normalize")  # before the flags
 
 
@@ -43,34 +44,22 @@ class TopK(NamedTuple):
     query: Tensor  # (N, D)
     key: Tensor  # (M, D)
     k: int
-    exclude_query: Tensor | None  # (N,) int64
-    exclude_key: Tensor | None  # (M,) int64
-    normalize: bool
-
-
-class Mochi(NamedTuple):
-    """Arguments of one MoCHi loss, in the order of the op's schema."""
-
-    query: Tensor  # (N, D)
-    positive: Tensor  # (N, D)
-    scale: Tensor  # ()
-    keys: Tensor  # (M, D) unit rows, of any floating dtype
-    first: Tensor  # (N, n_mix) int64 ranks
-    second: Tensor  # (N, n_mix) int64 ranks
-    alpha: Tensor  # (N, n_mix)
-    partner: Tensor  # (N, n_query_mix) int64 ranks
-    beta: Tensor  # (N, n_query_mix)
-    n_hard: int
+    exclude_query: Tensor | None = None  # (N,) int64
+    exclude_key: Tensor | None = None  # (M,) int64
+    normalize: bool = False
 
 
 class Needs(NamedTuple):
-    """Which inputs need a gradient."""
+    """Which inputs of a problem, its first ones, need a gradient."""
 
     query: bool
     key: bool
     scale: bool
     key_bias: bool
     key_scale: bool
+
+
+PROBLEM_INPUTS = len(Needs._fields)  # that may need a gradient
 
 
 class PairGradients(NamedTuple):
@@ -82,9 +71,8 @@ class PairGradients(NamedTuple):
     query: Tensor | None  # (N, D): sum_j dl_ij * key_scale_j * y_j
     key: Tensor | None  # (M, D): sum_i dl_ij * x_i
     bias: Tensor | None  # (M,): sum_i dl_ij
-    scale: Tensor | None = (
-        None  # (1,) or (): sum_ij dl_ij * key_scale_j * <x_i, y_j>, else query's rows give it
-    )
+    # (1,) or (): sum_ij dl_ij * key_scale_j * <x_i, y_j>; None: the query's rows give it
+    scale: Tensor | None = None
 
 
 @dataclass(frozen=True)

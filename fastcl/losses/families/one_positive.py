@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastcl.compiled import anchored
-from fastcl.numerics import compute_dtype, matmul_precision_level, reduce, row_dot, softplus, unit_rows
-from fastcl.problem import Problem
+from fastcl.similarity.compiled import anchored
+from fastcl.similarity.fields import Statistics
+from fastcl.similarity.numerics import compute_dtype, matmul_precision_level, row_dot, softplus, unit_rows
+from fastcl.similarity.problem import Problem
 
 # Layouts: what the rows are compared with.
 VIEWS = 0  # both sides of query and positive, stacked, with each other (NT-Xent)
@@ -29,12 +30,12 @@ class OnePositive(NamedTuple):
     positive: Tensor  # (N, D)
     negatives: Tensor | None  # (M, D) with NEGATIVES, else None
     scale: Tensor  # (), or (N, 1) until with_scaled_rows
-    query_ids: Tensor | None  # (N,) int64, with NEGATIVES: negatives of the same id are excluded
-    negative_ids: Tensor | None  # (M,) int64
-    layout: int
-    normalize: bool  # query and positive
-    normalize_negatives: bool
-    reduction: str
+    query_ids: Tensor | None = None  # (N,) int64, with NEGATIVES: negatives of the same id are excluded
+    negative_ids: Tensor | None = None  # (M,) int64
+    layout: int = BATCH
+    normalize: bool = True  # query and positive
+    normalize_negatives: bool = True
+    reduction: str = "mean"
 
     def in_compute_dtype(self) -> OnePositive:
         """Query and positive converted once: both enter twice, and their gradients should round once."""
@@ -70,11 +71,6 @@ class OnePositive(NamedTuple):
             query,
             key,
             self.scale,
-            key_bias=None,
-            key_scale=None,
-            positive_query=None,
-            positive_key=None,
-            positive_table=None,
             exclude_query=query_ids,
             exclude_key=key_ids,
             normalize=normalize,
@@ -83,13 +79,17 @@ class OnePositive(NamedTuple):
             precision=matmul_precision_level(),
         )
 
-    def loss(self, lse_neg: Tensor, column_lse_neg: Tensor | None) -> Tensor:
-        """The reduced loss from ``lse_neg`` of :meth:`problem`, per row and, for PAIRS, per column."""
+    def losses(self, rows: Statistics, columns: Statistics | None) -> Tensor:
+        """The loss of each row from the statistics of :meth:`problem`."""
         query, positive = unit_rows(self.query, self.normalize), unit_rows(self.positive, self.normalize)
         positive_logit = row_dot(query, positive) * self.scale.to(query.dtype)
         if self.layout == VIEWS:
             positive_logit = positive_logit.repeat(2)
-        losses = softplus(lse_neg - positive_logit)
-        if column_lse_neg is not None:
-            losses = 0.5 * (losses + softplus(column_lse_neg - positive_logit))
-        return reduce(losses, self.reduction)
+        losses = softplus(rows.lse_neg - positive_logit)
+        if columns is not None:
+            losses = 0.5 * (losses + softplus(columns.lse_neg - positive_logit))
+        return losses
+
+
+ONE_POSITIVE_INPUTS = OnePositive._fields.index("query_ids")  # the first ones, which may need a gradient
+ONE_POSITIVE_TENSORS = OnePositive._fields.index("layout")  # before the flags

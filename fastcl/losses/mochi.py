@@ -1,4 +1,7 @@
-"""MoCHi: MoCo with synthetic hard negatives, mixed without ever being materialized."""
+"""MoCHi: MoCo with synthetic hard negatives, mixed without ever being materialized.
+
+Kalantidis et al. 2020, https://arxiv.org/abs/2010.01028.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastcl import dispatch, ops
-from fastcl.checks import check_pair, check_reduction, check_same, inverse_scalar
-from fastcl.losses import info_nce
-from fastcl.numerics import compute_dtype, reduce
-from fastcl.problem import Mochi
-from fastcl.queue import NegativeQueue
-from fastcl.transforms import is_readable
+from fastcl.losses.families.mochi import Mochi
+from fastcl.losses.info_nce import info_nce
+from fastcl.memory.queue import NegativeQueue
+from fastcl.ops import calls
+from fastcl.similarity.checks import check_pair, check_reduction, check_same, inverse_scalar
+from fastcl.similarity.numerics import compute_dtype, reduce
+from fastcl.similarity.transforms import is_readable
 
 
 class MochiDraws(NamedTuple):
@@ -92,9 +95,19 @@ def mochi_loss(
     else:
         draws = _checked_draws(draws, query, n_hard, n_mix, n_query_mix)
     scale = inverse_scalar("temperature", temperature, query)
-    args = Mochi(query, positive_key, scale, queue.keys, *draws, n_hard)
-    backend = dispatch.choose(dispatch.Request.of_mochi(args))
-    return reduce(ops.mochi(args, backend.name), reduction)
+    args = Mochi(
+        query,
+        positive_key,
+        scale,
+        queue.keys,
+        first=draws.first,
+        second=draws.second,
+        alpha=draws.alpha,
+        partner=draws.partner,
+        beta=draws.beta,
+        n_hard=n_hard,
+    )
+    return reduce(calls.mochi(args), reduction)
 
 
 def _draw(

@@ -7,7 +7,25 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastcl.numerics import (
+from fastcl.backends.base import Backend
+from fastcl.backends.reference import enqueue, pair_masks
+from fastcl.losses.families.mochi import Mochi
+from fastcl.losses.families.one_positive import NEGATIVES, OnePositive
+from fastcl.similarity.fields import (
+    LSE_NEG,
+    LSE_POS,
+    MAXIMA,
+    NEG_MAX,
+    OF_NEGATIVES,
+    OF_POSITIVES,
+    POS_SUM,
+    POSITIVE_SUMS,
+    STATE,
+    STATISTICS,
+    TOTALS,
+    Statistics,
+)
+from fastcl.similarity.numerics import (
     LN2,
     LOG2E,
     compute_dtype,
@@ -18,9 +36,7 @@ from fastcl.numerics import (
     unit_rows,
     unit_rows_backward,
 )
-from fastcl.one_positive import NEGATIVES, OnePositive
-from fastcl.problem import (
-    Mochi,
+from fastcl.similarity.problem import (
     Needs,
     PairGradients,
     Prepared,
@@ -30,7 +46,6 @@ from fastcl.problem import (
     prepare,
     wanted_pairs,
 )
-from fastcl.reference import pair_masks
 
 _CHUNK_ELEMENTS = 1 << 21
 
@@ -43,17 +58,14 @@ def row_chunks(n_rows: int, n_columns: int) -> Iterator[slice]:
 
 
 def stats_forward(problem: Problem, weighted_keys: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Statistics (5, N), row state (4, N), the same per column, and sum_j p_ij y_j (N, D) if asked.
-
-    A state holds max and sum of the negatives, then of the positives, in log2 units.
-    """
+    """Statistics and state of the rows, the same of the columns, and sum_j p_ij y_j (N, D) if asked."""
     prepared = prepare(problem)
     n, m = problem.query.shape[0], problem.key.shape[0]
     new = prepared.query.new_empty
-    rows, row_state = new(5, n), new(4, n)
+    rows, row_state = new(STATISTICS, n), new(STATE, n)
     m_columns = m if problem.columns else 0
-    columns, column_state = new(5, m_columns), empty_state(prepared.query, m_columns)
-    column_sums = torch.zeros_like(columns[:2])
+    columns, column_state = new(STATISTICS, m_columns), empty_state(prepared.query, m_columns)
+    column_sums = torch.zeros_like(columns[POSITIVE_SUMS])
     weighted = new(problem.query.shape if weighted_keys else (0,))
     for chunk in row_chunks(n, m):
         logits2 = _logits2(problem, prepared, chunk)
@@ -61,9 +73,8 @@ def stats_forward(problem: Problem, weighted_keys: bool) -> tuple[Tensor, Tensor
         row_state[:, chunk] = _tile_state(logits2, negative, positive)
         rows[:, chunk] = statistics(row_state[:, chunk], _positive_sums(logits2, positive))
         if weighted_keys:
-            weighted[chunk] = _weights(logits2, negative, row_state[:2, chunk]) @ _scaled_keys(
-                problem, prepared
-            )
+            probabilities = _weights(logits2, negative, row_state[OF_NEGATIVES, chunk])
+            weighted[chunk] = probabilities @ _scaled_keys(problem, prepared)
         if problem.columns:
             tile = _tile_state(logits2.T, negative.T, positive.T)
             column_state = merge_states(column_state, tile)
@@ -106,24 +117,27 @@ def stats_backward(
 
 
 def empty_state(like: Tensor, count: int) -> Tensor:
-    """The state (4, count) of rows that have seen no key."""
-    return like.new_tensor([-torch.inf, 0.0, -torch.inf, 0.0])[:, None].repeat(1, count)
+    """The state (STATE, count) of rows that have seen no key."""
+    state = like.new_zeros(STATE, count)
+    state[MAXIMA] = -torch.inf
+    return state
 
 
 def merge_states(a: Tensor, b: Tensor) -> Tensor:
-    """The state (4, N) over two disjoint sets of keys."""
-    merged = []
-    for (a_max, a_sum), (b_max, b_sum) in ((a[:2], b[:2]), (a[2:], b[2:])):
-        maximum = torch.maximum(a_max, b_max)
-        shift = _finite(maximum)
-        merged += [maximum, a_sum * torch.exp2(a_max - shift) + b_sum * torch.exp2(b_max - shift)]
-    return torch.stack(merged)
+    """The state (STATE, N) over two disjoint sets of keys."""
+    merged = torch.empty_like(a)
+    maxima = torch.maximum(a[MAXIMA], b[MAXIMA])
+    shift = _finite(maxima)
+    merged[MAXIMA] = maxima
+    merged[TOTALS] = a[TOTALS] * torch.exp2(a[MAXIMA] - shift) + b[TOTALS] * torch.exp2(b[MAXIMA] - shift)
+    return merged
 
 
 def statistics(state: Tensor, positive_sums: Tensor) -> Tensor:
-    """Statistics (5, N) from a state (4, N) and the positives' sum and count (2, N)."""
-    lse_neg, lse_pos = (state[0::2] + state[1::2].log2()) * LN2
-    return torch.stack([lse_neg, lse_pos, *positive_sums, state[0] * LN2])
+    """Statistics (STATISTICS, N) from a state (STATE, N) and the positives' sum and count (2, N)."""
+    lse_neg, lse_pos = (state[MAXIMA] + state[TOTALS].log2()) * LN2
+    pos_sum, pos_count = positive_sums
+    return torch.stack(Statistics(lse_neg, lse_pos, pos_sum, pos_count, max_neg=state[NEG_MAX] * LN2))
 
 
 def topk(args: TopK) -> tuple[Tensor, Tensor]:
@@ -148,20 +162,6 @@ def topk(args: TopK) -> tuple[Tensor, Tensor]:
     return values, indices.masked_fill(values == -torch.inf, -1)
 
 
-def enqueue(
-    keys: Tensor, ids: Tensor | None, pointer: Tensor, new_keys: Tensor, new_ids: Tensor | None
-) -> None:
-    """Normalize ``new_keys`` (N, D) and write them to ``keys`` (size, D) from ``pointer`` on, in place."""
-    size, count = keys.shape[0], new_keys.shape[0]
-    skipped = max(0, count - size)  # would be overwritten at once
-    unit = unit_rows(new_keys[skipped:]).to(keys.dtype)
-    rows = (torch.arange(skipped, count, device=keys.device) + pointer) % size
-    keys.index_copy_(0, rows, unit)
-    if ids is not None and new_ids is not None:
-        ids.index_copy_(0, rows, new_ids[skipped:])
-    pointer.add_(count).remainder_(size)
-
-
 def mochi(args: Mochi) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses (N,) and, for an incoming 1 per row, gradients of query, positive (N, D) and scale (N,)."""
     dtype = compute_dtype(args.query.dtype)
@@ -169,12 +169,13 @@ def mochi(args: Mochi) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     query_inverse, positive_inverse = inverse_norms(query), inverse_norms(positive)
     query, positive, scale = query * query_inverse, positive * positive_inverse, args.scale.to(dtype)
     _, order, rows, _, pull = over_queue(args, query)
-    lse = torch.empty_like(rows[0])
+    queue_lse = rows[LSE_NEG]
+    lse = torch.empty_like(queue_lse)
     formed = max(args.n_hard, args.first.shape[1] + args.partner.shape[1])
     for chunk in row_chunks(query.shape[0], formed * query.shape[1]):
         hard = args.keys[order[chunk]].to(dtype)  # [n, n_hard, D]
-        lse[chunk], synthetic = _mix(args, chunk, query[chunk], hard, rows[0, chunk], scale)
-        pull[chunk] = pull[chunk] * torch.exp(rows[0, chunk] - lse[chunk])[:, None] + synthetic
+        lse[chunk], synthetic = _mix(args, chunk, query[chunk], hard, queue_lse[chunk], scale)
+        pull[chunk] = pull[chunk] * torch.exp(queue_lse[chunk] - lse[chunk])[:, None] + synthetic
     margin = lse - scale * row_dot(query, positive)
     slope = torch.sigmoid(margin)[:, None]
     pull = (pull - positive) * slope
@@ -186,10 +187,18 @@ def mochi(args: Mochi) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def over_queue(args: Mochi, query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Of unit queries: similarities and indices (N, n_hard) of the hardest keys, then all of the queue.
 
-    Of it the statistics (5, N), the row state (4, N) and the mean key by their probabilities (N, D).
+    Of it the statistics and the state of the rows, and the mean key by their probabilities (N, D).
     """
-    similarity, order = topk(TopK(query, args.keys.to(query.dtype), args.n_hard, None, None, False))
-    plain = OnePositive(query, query, args.keys, args.scale, None, None, NEGATIVES, False, False, "none")
+    similarity, order = topk(TopK(query, args.keys.to(query.dtype), args.n_hard))
+    plain = OnePositive(
+        query,
+        query,
+        negatives=args.keys,
+        scale=args.scale,
+        layout=NEGATIVES,
+        normalize=False,
+        normalize_negatives=False,
+    )
     rows, row_state, _, _, pull = stats_forward(plain.problem(), weighted_keys=True)
     return similarity, order, rows, row_state, pull
 
@@ -236,7 +245,7 @@ def _finite(maximum: Tensor) -> Tensor:
 
 def _max_sum(logits2: Tensor, mask: Tensor) -> Tensor:
     if logits2.shape[1] == 0:
-        return empty_state(logits2, logits2.shape[0])[:2]
+        return empty_state(logits2, logits2.shape[0])[OF_NEGATIVES]
     masked = logits2.masked_fill(~mask, -torch.inf)
     maximum = masked.amax(dim=1)
     return torch.stack([maximum, torch.exp2(masked - _finite(maximum)[:, None]).sum(dim=1)])
@@ -251,17 +260,29 @@ def _positive_sums(logits2: Tensor, positive: Tensor) -> Tensor:
     return torch.stack([total, positive.sum(dim=1).to(logits2.dtype)])
 
 
-def _weights(logits2: Tensor, mask: Tensor, state: Tensor) -> Tensor:
-    """exp(l - lse) over the mask, 0 elsewhere; state is (2, rows)."""
-    inverse = state[1].masked_fill(state[1] == 0, 1.0).reciprocal()
-    shifted = (logits2 - _finite(state[0])[:, None]).masked_fill(~mask, -torch.inf)
-    return torch.exp2(shifted) * inverse[:, None]
+def _weights(logits2: Tensor, mask: Tensor, maximum_and_total: Tensor) -> Tensor:
+    """exp(l - lse) over the mask, 0 elsewhere; ``maximum_and_total`` (2, rows) is half a state."""
+    maximum, total = maximum_and_total
+    inverse = total.masked_fill(total == 0, 1.0).reciprocal()
+    shifted = (logits2 - _finite(maximum)[:, None]).masked_fill(~mask, -torch.inf)
+    weights: Tensor = torch.exp2(shifted) * inverse[:, None]
+    return weights
 
 
 def _logit_gradient(
     logits2: Tensor, negative: Tensor, positive: Tensor, state: Tensor, grad: Tensor
 ) -> Tensor:
-    """Gradient of the logits through one side's statistics; grad is (5, rows)."""
-    dlogits = _weights(logits2, negative, state[:2]) * grad[0, :, None]
-    dlogits += _weights(logits2, positive, state[2:]) * grad[1, :, None]
-    return dlogits + grad[2, :, None] * positive
+    """Gradient of the logits through one side's statistics, whose gradient is ``grad``."""
+    dlogits = _weights(logits2, negative, state[OF_NEGATIVES]) * grad[LSE_NEG, :, None]
+    dlogits += _weights(logits2, positive, state[OF_POSITIVES]) * grad[LSE_POS, :, None]
+    return dlogits + grad[POS_SUM, :, None] * positive
+
+
+BACKEND = Backend(
+    "chunked",
+    stats_forward=stats_forward,
+    stats_backward=stats_backward,
+    topk=topk,
+    mochi=mochi,
+    enqueue=enqueue,
+)

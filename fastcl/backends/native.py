@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from fastcl.checks import check_choice
+from fastcl.similarity.checks import check_choice
 
 ISA_LEVELS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 
-_LIBRARY = Path(__file__).with_name("_native.abi3.so")
+_LIBRARY = Path(__file__).parents[1] / "_native.abi3.so"
 
 
 def _load() -> str | None:

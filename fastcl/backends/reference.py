@@ -8,8 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcl.numerics import masked_logsumexp, product, row_dot, softplus, unit_rows, without_autocast
-from fastcl.problem import Mochi, Problem, TopK
+from fastcl.backends.base import Backend
+from fastcl.losses.families.mochi import Mochi
+from fastcl.similarity.fields import STATISTICS, Statistics
+from fastcl.similarity.numerics import (
+    masked_logsumexp,
+    product,
+    row_dot,
+    softplus,
+    unit_rows,
+    without_autocast,
+)
+from fastcl.similarity.problem import Problem, TopK
 
 
 def pair_masks(problem: Problem, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
@@ -40,13 +50,13 @@ def logits(problem: Problem) -> Tensor:
 
 
 def stats(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Row statistics (5, N) and column statistics (5, M), or (5, 0) if not asked for."""
+    """Statistics (STATISTICS, N) of the rows and (STATISTICS, M) of the columns, M = 0 if not asked for."""
     with without_autocast(problem.query.device):
         pair_logits = logits(problem)
         negative, positive = pair_masks(problem)
         rows = _pack(pair_logits, negative, positive)
         if not problem.columns:
-            return rows, rows.new_empty(5, 0)
+            return rows, rows.new_empty(STATISTICS, 0)
         return rows, _pack(pair_logits.T, negative.T, positive.T)
 
 
@@ -55,13 +65,13 @@ def _pack(pair_logits: Tensor, negative: Tensor, positive: Tensor) -> Tensor:
     # the extra column makes the maximum defined without keys
     max_neg = torch.nn.functional.pad(masked, (0, 1), value=-torch.inf).amax(dim=1)
     return torch.stack(
-        [
-            masked_logsumexp(pair_logits, negative),
-            masked_logsumexp(pair_logits, positive),
-            pair_logits.masked_fill(~positive, 0.0).sum(dim=1),
-            positive.sum(dim=1).to(pair_logits.dtype),
-            max_neg,
-        ]
+        Statistics(
+            lse_neg=masked_logsumexp(pair_logits, negative),
+            lse_pos=masked_logsumexp(pair_logits, positive),
+            pos_sum=pair_logits.masked_fill(~positive, 0.0).sum(dim=1),
+            pos_count=positive.sum(dim=1).to(pair_logits.dtype),
+            max_neg=max_neg,
+        )
     )
 
 
@@ -78,12 +88,26 @@ def topk(args: TopK) -> tuple[Tensor, Tensor]:
     return values, indices.masked_fill(values == -torch.inf, -1)
 
 
+def enqueue(
+    keys: Tensor, ids: Tensor | None, pointer: Tensor, new_keys: Tensor, new_ids: Tensor | None
+) -> None:
+    """Normalize ``new_keys`` (N, D) and write them to ``keys`` (size, D) from ``pointer`` on, in place."""
+    size, count = keys.shape[0], new_keys.shape[0]
+    skipped = max(0, count - size)  # would be overwritten at once
+    unit = unit_rows(new_keys[skipped:]).to(keys.dtype)
+    rows = (torch.arange(skipped, count, device=keys.device) + pointer) % size
+    keys.index_copy_(0, rows, unit)
+    if ids is not None and new_ids is not None:
+        ids.index_copy_(0, rows, new_ids[skipped:])
+    pointer.add_(count).remainder_(size)
+
+
 def mochi(args: Mochi) -> Tensor:
     """MoCHi's losses (N,), with every synthetic negative formed."""
     with without_autocast(args.query.device):
         query, positive = unit_rows(args.query), unit_rows(args.positive)
         keys, scale = args.keys.to(query.dtype), args.scale.to(query.dtype)
-        _, order = topk(TopK(query.detach(), keys, args.n_hard, None, None, False))
+        _, order = topk(TopK(query.detach(), keys, args.n_hard))
         hard = keys[order]  # [N, n_hard, D]
 
         def ranked(ranks: Tensor) -> Tensor:
@@ -95,3 +119,7 @@ def mochi(args: Mochi) -> Tensor:
         synthetic = unit_rows(torch.cat([mixed, mixed_with_query], dim=1))
         similarity = torch.cat([product(query, keys.T), (query[:, None] * synthetic).sum(dim=2)], dim=1)
         return softplus((scale * similarity).logsumexp(dim=1) - scale * row_dot(query, positive))
+
+
+# statistics and MoCHi need no op: autograd differentiates them
+BACKEND = Backend("reference", topk=topk, enqueue=enqueue)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastcl.numerics import INTEGER_DTYPES
+from fastcl.similarity.numerics import INTEGER_DTYPES
 
 Ids = tuple[Tensor, Tensor]
 
@@ -73,3 +73,13 @@ def check_ids(name: str, ids: Tensor, rows: Tensor | None = None) -> Tensor:
         if ids.device != rows.device:
             raise ValueError(f"{name} must be on {rows.device} like its rows, got {ids.device}")
     return ids.to(torch.int64).contiguous()
+
+
+ALL_NEGATIVE = PairRule()
+
+
+def check_rule(rule: PairRule, query: Tensor, key: Tensor) -> None:
+    """Raise unless ``rule`` is one, and fits the (N, D) query and (M, D) key."""
+    if not isinstance(rule, PairRule):
+        raise TypeError(f"rule must be a PairRule, got {type(rule).__name__}")
+    rule.check_against(query, key)

@@ -5,9 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcl.numerics import LOG2E, compute_dtype, unit_rows
-from fastcl.problem import (
-    Mochi,
+from fastcl.backends import native, reference
+from fastcl.backends.base import Backend, Request
+from fastcl.losses.families.many_positives import ManyPositives
+from fastcl.losses.families.mochi import Mochi
+from fastcl.losses.families.one_positive import OnePositive
+from fastcl.similarity.fields import STATE, STATISTICS
+from fastcl.similarity.numerics import LOG2E, compute_dtype, unit_rows
+from fastcl.similarity.problem import (
     Needs,
     PairGradients,
     Prepared,
@@ -21,12 +26,28 @@ from fastcl.problem import (
 _native = torch.ops.fastcl_native
 
 
+def unsupported_reasons(request: Request) -> list[str]:
+    """What keeps the kernels from serving ``request``."""
+    reasons = []
+    if request.device.type != "cpu":
+        reasons.append(f"inputs are on {request.device}, it takes CPU tensors")
+    if request.dense_mask:
+        reasons.append("a dense mask is served by 'chunked' only")
+    return reasons
+
+
 def stats_forward(problem: Problem, weighted_keys: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`fastcl.chunked.stats_forward`."""
+    """As :func:`fastcl.backends.chunked.stats_forward`."""
     prepared = prepare(problem)
     n, m = problem.query.shape[0], problem.key.shape[0] if problem.columns else 0
     new = prepared.query.new_empty
-    outputs = (new(5, n), new(4, n), new(5, m), new(4, m), new(problem.query.shape if weighted_keys else 0))
+    outputs = (
+        new(STATISTICS, n),
+        new(STATE, n),
+        new(STATISTICS, m),
+        new(STATE, m),
+        new(problem.query.shape if weighted_keys else 0),
+    )
     _native.stats_forward(*_native_problem(problem, prepared), *outputs)
     return outputs
 
@@ -39,7 +60,7 @@ def stats_backward(
     column_state: Tensor,
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
-    """As :func:`fastcl.chunked.stats_backward`."""
+    """As :func:`fastcl.backends.chunked.stats_backward`."""
     prepared = prepare(problem)
     shapes = (prepared.query.shape, prepared.key.shape, prepared.key.shape[:1])
     wanted = wanted_pairs(problem, needs)
@@ -54,13 +75,13 @@ def stats_backward(
         *sums,
         scale_sum,
     )
-    pair_sums = (x if want else None for x, want in zip(sums, wanted, strict=True))
-    pairs = PairGradients(*pair_sums, scale_sum if needs.scale else None)
+    query, key, bias = (x if want else None for x, want in zip(sums, wanted, strict=True))
+    pairs = PairGradients(query, key, bias, scale_sum if needs.scale else None)
     return input_gradients(problem, prepared, pairs, needs)
 
 
 def topk(args: TopK) -> tuple[Tensor, Tensor]:
-    """As :func:`fastcl.chunked.topk`."""
+    """As :func:`fastcl.backends.chunked.topk`."""
     query, key = (_row_contiguous(unit_rows(x, args.normalize)) for x in (args.query, args.key))
     values = query.new_empty(query.shape[0], args.k)
     indices = torch.empty(values.shape, dtype=torch.int64)
@@ -70,7 +91,7 @@ def topk(args: TopK) -> tuple[Tensor, Tensor]:
 
 
 def mochi(args: Mochi) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`fastcl.chunked.mochi`."""
+    """As :func:`fastcl.backends.chunked.mochi`."""
     query, positive, keys = (_row_contiguous(x) for x in (args.query, args.positive, args.keys))
     dtype = compute_dtype(query.dtype)
     shapes = (query.shape[:1], query.shape, query.shape, query.shape[:1])
@@ -114,3 +135,16 @@ def _native_problem(problem: Problem, prepared: Prepared) -> tuple[Tensor | floa
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+BACKEND = Backend(
+    "cpu",
+    missing=native.missing_reason,
+    unsupported_reasons=unsupported_reasons,
+    whole_losses=(OnePositive, ManyPositives),
+    stats_forward=stats_forward,
+    stats_backward=stats_backward,
+    topk=topk,
+    mochi=mochi,
+    enqueue=reference.enqueue,
+)

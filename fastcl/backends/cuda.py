@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastcl import chunked, native
-from fastcl.numerics import constant_when_compiled, unit_rows
-from fastcl.one_positive import BATCH, VIEWS, OnePositive
-from fastcl.problem import Mochi
-from fastcl.sup_con import SupCon
-
-if TYPE_CHECKING:
-    from fastcl.dispatch import Request
+from fastcl.backends import chunked, native
+from fastcl.backends.base import Backend, Request, WholeLoss
+from fastcl.losses.families.many_positives import ManyPositives
+from fastcl.losses.families.mochi import Mochi
+from fastcl.losses.families.one_positive import BATCH, VIEWS, OnePositive
+from fastcl.similarity.numerics import constant_when_compiled, unit_rows
 
 _WARPS = 8  # of a block
-
-NOTE = "has never run on a GPU: off in 'auto'"
 
 
 def is_built() -> bool:
@@ -71,12 +66,12 @@ def _beyond_the_device(request: Request, device: int) -> list[str]:
 def enqueue(
     keys: Tensor, ids: Tensor | None, pointer: Tensor, new_keys: Tensor, new_ids: Tensor | None
 ) -> None:
-    """As :func:`fastcl.chunked.enqueue`, in one launch."""
+    """As :func:`fastcl.backends.chunked.enqueue`, in one launch."""
     torch.ops.fastcl_native.enqueue(keys, ids, pointer, new_keys, new_ids)
 
 
 def mochi(args: Mochi) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`fastcl.chunked.mochi`, whose top-k and pass over the queue it takes.
+    """As :func:`fastcl.backends.chunked.mochi`, whose top-k and pass over the queue it takes.
 
     The mixing, the loss and the gradients are one launch.
     """
@@ -96,14 +91,14 @@ def mixing_fits(args: Mochi, shared_bytes: int) -> bool:
     return 4 * floats <= shared_bytes
 
 
-def fits(loss: OnePositive | SupCon, blocks: int, shared_bytes: int) -> bool:
+def fits(loss: WholeLoss, blocks: int, shared_bytes: int) -> bool:
     """Whether ``blocks`` of ``shared_bytes`` each hold the similarity matrix of ``loss``."""
-    edge = _largest_square(loss.query.element_size(), isinstance(loss, SupCon), shared_bytes)
+    edge = _largest_square(loss.query.element_size(), isinstance(loss, ManyPositives), shared_bytes)
     if edge == 0:
         return False
     queries = keys = loss.query.shape[0]
     symmetric = False
-    if isinstance(loss, SupCon):
+    if isinstance(loss, ManyPositives):
         symmetric = loss.key is None
         keys = queries if loss.key is None else loss.key.shape[0]
     elif loss.layout == VIEWS:
@@ -137,3 +132,15 @@ def _largest_square(element_bytes: int, labelled: bool, shared_bytes: int) -> in
 def _limits(device: int) -> tuple[int, int, str]:
     limits: tuple[int, int, str] = torch.ops.fastcl_native.cuda_limits(device)
     return limits
+
+
+BACKEND = Backend(
+    "cuda",
+    missing=missing_reason,
+    unsupported_reasons=unsupported_reasons,
+    whole_losses=(OnePositive, ManyPositives),
+    note="has never run on a GPU: off in 'auto'",
+    auto=False,
+    mochi=mochi,
+    enqueue=enqueue,
+)

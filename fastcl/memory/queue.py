@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastcl import dispatch, ops
-from fastcl.checks import check_matrix
-from fastcl.distributed import gather_rows, row_counts
-from fastcl.rules import check_ids
+from fastcl.distributed.gather import gather_rows, row_counts
+from fastcl.ops import calls
+from fastcl.similarity.checks import check_matrix
+from fastcl.similarity.rules import check_ids
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -108,8 +108,7 @@ class NegativeQueue(nn.Module):
             counts = row_counts(keys, group)
             keys = gather_rows(keys, counts, group)
             ids = None if ids is None else gather_rows(ids, counts, group)
-        backend = dispatch.choose(dispatch.Request.of_enqueue(keys))
-        ops.enqueue(self.keys, self.ids, self.pointer, keys, ids, backend.name)
+        calls.enqueue(self.keys, self.ids, self.pointer, keys, ids)
 
     def validate(self) -> None:
         """Check the stored keys; this waits for the device.

@@ -12,6 +12,7 @@ from fastcl.backends.base import Backend, Request, WholeLoss
 from fastcl.losses.families.many_positives import ManyPositives
 from fastcl.losses.families.mochi import Mochi
 from fastcl.losses.families.one_positive import BATCH, VIEWS, OnePositive
+from fastcl.similarity.fields import OF_NEGATIVES
 from fastcl.similarity.numerics import constant_when_compiled, unit_rows
 
 _WARPS = 8  # of a block
@@ -75,10 +76,11 @@ def mochi(args: Mochi) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     The mixing, the loss and the gradients are one launch.
     """
-    _, hard, _, queue, mean = chunked.over_queue(args, unit_rows(args.query))
+    _, hard, _, queue_state, mean = chunked.over_queue(args, unit_rows(args.query))
+    maximum, total = queue_state[OF_NEGATIVES]
     draws = (x.contiguous() for x in (args.first, args.second, args.alpha, args.partner, args.beta))
     mixed: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.fastcl_native.mix_negatives(
-        args.query, args.positive, args.scale.float(), args.keys, hard, queue[0], queue[1], mean, *draws
+        args.query, args.positive, args.scale.float(), args.keys, hard, maximum, total, mean, *draws
     )
     return mixed
 
@@ -88,7 +90,7 @@ def mixing_fits(args: Mochi, shared_bytes: int) -> bool:
     synthetics, width = args.first.shape[1] + args.partner.shape[1], args.query.shape[1]
     per_warp = args.n_hard + width + 1
     floats = width + 2 * args.n_hard + 2 * synthetics + _WARPS * per_warp
-    return 4 * floats <= shared_bytes
+    return floats * torch.float32.itemsize <= shared_bytes
 
 
 def fits(loss: WholeLoss, blocks: int, shared_bytes: int) -> bool:

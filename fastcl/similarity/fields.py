@@ -44,7 +44,8 @@ POSITIVE_SUMS = slice(POS_SUM, POS_COUNT + 1)  # what adds up over keys
 # of a packed state
 NEG_MAX, NEG_TOTAL, POS_MAX, POS_TOTAL = range(STATE)
 MAXIMA, TOTALS = slice(0, STATE, 2), slice(1, STATE, 2)  # of the negatives, then of the positives
-OF_NEGATIVES, OF_POSITIVES = slice(0, STATE // 2), slice(STATE // 2, STATE)  # maximum and total
+NEGATIVE_STATE = POS_MAX  # how much of it is known where there are no positives
+OF_NEGATIVES, OF_POSITIVES = slice(0, NEGATIVE_STATE), slice(NEGATIVE_STATE, STATE)  # maximum and total
 
 # what is kept of rows while their keys come in turn: the state, then the POSITIVE_SUMS
 RUNNING_STATE, RUNNING_SUMS = slice(0, STATE), slice(STATE, STATE + 2)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastcl
-from bench import baselines
-from bench.baselines import LossFunction
-from fastcl import MochiDraws, NegativeQueue
+from bench import packages
+from bench.packages import LossFunction
+from fastcl import MochiDraws, NegativeQueue, testing
 
 FASTCL = "fastcl"
 PLAIN = "plain"  # plain PyTorch
@@ -74,7 +75,7 @@ class Loss:
     def function(self, side: str) -> LossFunction:
         """The function of one side, a fresh one if it is compiled."""
         if side == COMPILE:
-            return baselines.compiled(self.plain)
+            return packages.compiled(self.plain)
         function = {FASTCL: self.fastcl, PLAIN: self.plain, PYPI: self.pypi}[side]
         if function is None:
             raise ValueError("no package on PyPI is known for this loss")
@@ -127,25 +128,9 @@ def _queue_and_draws(case: Case) -> Arguments:
     return *_queue(case), MochiDraws(*(x.to(case.device) for x in draws)), n_hard
 
 
-def _mochi(
-    query: Tensor,
-    positive_key: Tensor,
-    queue: NegativeQueue,
-    draws: MochiDraws,
-    n_hard: int,
-    temperature: float,
-) -> Tensor:
-    n_mix, n_query_mix = _N_MIXED
-    return fastcl.mochi_loss(
-        query,
-        positive_key,
-        queue,
-        temperature=temperature,
-        n_hard=n_hard,
-        n_mix=n_mix,
-        n_query_mix=n_query_mix,
-        draws=draws,
-    )
+def _with_draws(function: LossFunction, *arguments: Any, temperature: float, **options: int) -> Tensor:
+    *tensors, draws, n_hard = arguments
+    return function(*tensors, draws=draws, n_hard=n_hard, temperature=temperature, **options)
 
 
 def _pairs_and_scale(case: Case) -> Arguments:
@@ -172,42 +157,50 @@ _N_HARD, _N_MIXED = 1024, (512, 256)  # type 1 and type 2, the paper's
 _INFO_NCE_PACKAGE = "info-nce-pytorch"
 _METRIC_LEARNING = "pytorch-metric-learning"
 
+
+def _registered(name: str, arguments: Callable[[Case], Arguments], **options: Any) -> Loss:
+    """A loss of the table that the tests go through too."""
+    loss = testing.LOSSES[name]
+    return Loss(loss.function, loss.dense, arguments, **options)
+
+
 LOSSES = {
-    "nt_xent": Loss(
-        fastcl.nt_xent,
-        baselines.nt_xent,
+    "nt_xent": _registered(
+        "nt_xent",
         _views,
         views=2,
         options={"temperature": 0.5},
-        pypi=baselines.pypi_nt_xent,
+        pypi=packages.pypi_nt_xent,
         package=_METRIC_LEARNING,
     ),
-    "info_nce": Loss(
-        fastcl.info_nce,
-        baselines.info_nce,
+    "info_nce": _registered(
+        "info_nce",
         _views,
         options={"temperature": 0.1},
-        pypi=baselines.pypi_info_nce,
+        pypi=packages.pypi_info_nce,
         package=_INFO_NCE_PACKAGE,
     ),
-    "info_nce_negatives": Loss(
-        fastcl.info_nce,
-        baselines.info_nce_negatives,
+    "info_nce_negatives": _registered(
+        "info_nce-negatives",
         _learned_negatives,
         options={"temperature": 0.1},
-        pypi=baselines.pypi_info_nce,
+        pypi=packages.pypi_info_nce,
         package=_INFO_NCE_PACKAGE,
     ),
-    "moco": Loss(fastcl.info_nce, baselines.moco, _queue, options={"temperature": 0.2}),
-    "mochi": Loss(_mochi, baselines.mochi, _queue_and_draws, options={"temperature": 0.2}),
-    "clip_loss": Loss(fastcl.clip_loss, baselines.clip_loss, _pairs_and_scale),
-    "sup_con": Loss(
-        fastcl.sup_con,
-        baselines.sup_con,
+    "moco": _registered("info_nce", _queue, options={"temperature": 0.2}),
+    "mochi": Loss(
+        partial(_with_draws, fastcl.mochi_loss, n_mix=_N_MIXED[0], n_query_mix=_N_MIXED[1]),
+        partial(_with_draws, testing.dense_mochi_loss),
+        _queue_and_draws,
+        options={"temperature": 0.2},
+    ),
+    "clip_loss": _registered("clip_loss", _pairs_and_scale),
+    "sup_con": _registered(
+        "sup_con",
         _classes,
         views=2,
         options={"temperature": 0.07},
-        pypi=baselines.pypi_sup_con,
+        pypi=packages.pypi_sup_con,
         package=_METRIC_LEARNING,
     ),
 }

@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 import torch
 
-from fastcl import cuda
-from fastcl.dispatch import WholeLoss
-from fastcl.one_positive import BATCH, VIEWS, OnePositive
-from fastcl.sup_con import SupCon
+from fastcl.backends import cuda
+from fastcl.backends.base import WholeLoss
+from fastcl.losses.families.many_positives import ManyPositives
+from fastcl.losses.families.one_positive import BATCH, VIEWS, OnePositive
 
 LIBRARY = Path("fastcl/_native.abi3.so")
 TABLE = Path("bench/results/cuda-code.md")
@@ -133,13 +133,13 @@ def read(library: Path, target: str) -> list[Code]:
 def one_positive(layout: int, samples: int, dtype: torch.dtype) -> OnePositive:
     """A loss of that size, without memory."""
     rows = torch.empty(samples, 1, dtype=dtype, device="meta")
-    return OnePositive(rows, rows, None, rows, None, None, layout, True, True, "mean")
+    return OnePositive(rows, rows, None, rows, layout=layout)
 
 
-def sup_con(rows: int, dtype: torch.dtype) -> SupCon:
+def sup_con(rows: int, dtype: torch.dtype) -> ManyPositives:
     """As :func:`one_positive`."""
     features = torch.empty(rows, 1, dtype=dtype, device="meta")
-    return SupCon(features, None, features, features, None, True, "out", "mean", None)
+    return ManyPositives(features, None, features, features)
 
 
 # what a batch is counted in, and the loss of one

@@ -12,8 +12,9 @@ from torch import Tensor
 import fastcl
 from fastcl import kernels
 from fastcl.kernels.tiles import DTYPE_NAMES
-from fastcl.one_positive import BATCH, NEGATIVES, PAIRS, VIEWS, OnePositive
-from fastcl.problem import Mochi, Needs, Problem
+from fastcl.losses.families.mochi import Mochi
+from fastcl.losses.families.one_positive import BATCH, NEGATIVES, PAIRS, VIEWS, OnePositive
+from fastcl.similarity.problem import Needs, Problem
 
 _ROWS, _KEYS = 16384, 20480
 _ALL_NEEDED = 0b1111
@@ -55,7 +56,7 @@ def _losses(
     def loss(layout: int, rows: int, negatives: Tensor | None = None, needs: int = _ALL_NEEDED) -> object:
         query, positive = _rows(rows, width, dtype), _rows(rows, width, dtype)
         normalize = negatives is not None and needs == _ALL_NEEDED
-        args = OnePositive(query, positive, negatives, scale, None, None, layout, True, normalize, "mean")
+        args = OnePositive(query, positive, negatives, scale, layout=layout, normalize_negatives=normalize)
         return kernels.one_positive(args, needs)
 
     runs: dict[str, Callable[[], object]] = {
@@ -86,7 +87,6 @@ def _statistics(name: str, dtype: torch.dtype, width: int, n: int = _ROWS, m: in
             key_scale=None if symmetric else torch.ones(m),
             positive_query=query_ids if labelled else None,
             positive_key=other_ids if labelled else None,
-            positive_table=None,
             exclude_query=query_ids,
             exclude_key=other_ids,
             normalize=True,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from bench.cases import LOSSES
-from fastcl import native
+from fastcl.backends import native
 
 
 def describe() -> dict[str, object]:

@@ -20,7 +20,7 @@ from pytest_benchmark.utils import get_commit_info
 from bench import machine
 from bench.cases import FASTCL, LOSSES, PLAIN, Case, Step, step, step_of
 from bench.timing import Paired, paired, rounds_within, seconds
-from fastcl.numerics import matmul_precision_level
+from fastcl.similarity.numerics import matmul_precision_level
 
 _SIZES = ((256, 128), (1024, 128), (4096, 128), (1024, 512))
 _MODES = (

@@ -12,7 +12,8 @@ from bench.agreement import assert_agreement
 from bench.cases import CASES, FASTCL, LOSSES, PLAIN, PYPI, Case, step
 from bench.memory import peak_bytes
 from bench.timing import Paired, rounds_within, seconds
-from fastcl.dispatch import Request, choose
+from fastcl.backends.base import Request
+from fastcl.backends.choice import choose
 
 _SECONDS, _QUICK_SECONDS = 6.0, 0.6
 _QUICK_PAIRS = 1 << 22

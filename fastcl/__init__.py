@@ -1,14 +1,16 @@
 """Contrastive losses as fused kernels: exact, in linear memory, one import away."""
 
-from fastcl.dispatch import show_config, use_backend
-from fastcl.losses import clip_loss, info_nce, nt_xent, sup_con
-from fastcl.mochi import MochiDraws, mochi_loss
-from fastcl.modules import InfoNCE, SupConLoss
-from fastcl.momentum import momentum_update_
-from fastcl.queue import NegativeQueue
-from fastcl.rules import PairRule
-from fastcl.similarity import similarity_stats, similarity_topk
-from fastcl.stats import SimilarityStats
+from fastcl.backends.choice import show_config, use_backend
+from fastcl.losses.clip import clip_loss
+from fastcl.losses.info_nce import InfoNCE, info_nce
+from fastcl.losses.mochi import MochiDraws, mochi_loss
+from fastcl.losses.nt_xent import nt_xent
+from fastcl.losses.sup_con import SupConLoss, sup_con
+from fastcl.memory.momentum import momentum_update_
+from fastcl.memory.queue import NegativeQueue
+from fastcl.similarity.rules import PairRule
+from fastcl.similarity.stats import SimilarityStats, similarity_stats
+from fastcl.similarity.topk import similarity_topk
 from fastcl.version import __version__
 
 __all__ = [

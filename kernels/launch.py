@@ -16,8 +16,9 @@ from torch import Tensor
 from fastcl.kernels import tiles
 from fastcl.kernels.device import attend, gradient, rows, statistics
 from fastcl.kernels.device.tile import Partials, Side, Stored
-from fastcl.numerics import LOG2E, matmul_precision_level
-from fastcl.problem import Problem
+from fastcl.similarity.fields import NEGATIVE_STATE, RUNNING, STATE, STATISTICS
+from fastcl.similarity.numerics import LOG2E, matmul_precision_level
+from fastcl.similarity.problem import Problem
 
 INTERPRETED = triton.knobs.runtime.interpret
 # enough programs to fill any GPU of today; fixed, so that results depend on shapes only
@@ -211,9 +212,9 @@ def row_statistics(
 ) -> tuple[Partials, Partials | None]:
     """Partial statistics of own rows and, if asked for, of the other side's negatives."""
     walk = plan("statistics", own, other)
-    fields = 6 if own.positive is not None else 2
+    fields = RUNNING if own.positive is not None else NEGATIVE_STATE
     partials = scale.new_empty(walk.grid[1], fields, own.count)
-    of_columns = scale.new_empty(walk.grid[0], 2, other.count) if columns else None
+    of_columns = scale.new_empty(walk.grid[0], NEGATIVE_STATE, other.count) if columns else None
     arguments = (own, other, scale, matrix, partials, of_columns)
     launch(statistics.statistics, walk.grid, *arguments, TRIANGLE=triangle, **walk.options)
     width = walk.tile.block_m if triangle else None
@@ -226,16 +227,16 @@ def as_partials(values: Tensor, width: int | None = None) -> Partials:
 
 
 def column_partials_fit(own: Side, other: Side) -> bool:
-    """Whether one pass may keep (row blocks, 2, M) partials; else columns take a pass of their own."""
+    """Whether one pass may keep every row block's partials; else columns take a pass of their own."""
     blocks = plan("statistics", own, other).grid[0]
-    return blocks * 8 * other.count <= _COLUMN_PARTIALS_BYTES
+    return blocks * NEGATIVE_STATE * other.count * torch.float32.itemsize <= _COLUMN_PARTIALS_BYTES
 
 
 def merge(partials: Partials, triangle: Partials | None = None) -> tuple[Tensor, Tensor]:
-    """Statistics (5, N) and state (4, N) of rows from partials; of the triangle's those of its columns."""
+    """Statistics and state of rows from partials; of the triangle's those of its columns."""
     values: Tensor = partials.data
     count, block = values.shape[2], 64
-    state, result = values.new_empty(4, count), values.new_empty(5, count)
+    state, result = values.new_empty(STATE, count), values.new_empty(STATISTICS, count)
     launch(
         statistics.merge,
         (triton.cdiv(count, block),),
@@ -244,7 +245,7 @@ def merge(partials: Partials, triangle: Partials | None = None) -> tuple[Tensor,
         state,
         result,
         count,
-        POSITIVES=values.shape[1] == 6,
+        POSITIVES=values.shape[1] == RUNNING,
         BLOCK=block,
         SLOTS=16,
     )
@@ -254,7 +255,7 @@ def merge(partials: Partials, triangle: Partials | None = None) -> tuple[Tensor,
 def attend_keys(own: Side, other: Side, scale: Tensor, spare: int = 0) -> tuple[Partials, Tensor]:
     """Partial states and weighted keys (slots, N, D) of own rows; ``spare`` slots are left to the caller."""
     walk = plan("attend", own, other)
-    partials = scale.new_empty(walk.grid[1] + spare, 2, own.count)
+    partials = scale.new_empty(walk.grid[1] + spare, NEGATIVE_STATE, own.count)
     weighted = scale.new_empty(walk.grid[1] + spare, *own.rows.shape)
     launch(attend.attend, walk.grid, own, other, scale, partials, weighted, **walk.options)
     return as_partials(partials), weighted

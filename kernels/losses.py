@@ -14,8 +14,9 @@ from fastcl.kernels.device import one_positive as device
 from fastcl.kernels.device.one_positive import Chain, Direction
 from fastcl.kernels.device.tile import Partials, Side
 from fastcl.kernels.launch import UnitRows
-from fastcl.one_positive import BATCH, NEGATIVES, PAIRS, VIEWS, OnePositive
-from fastcl.problem import PairGradients
+from fastcl.losses.families.one_positive import BATCH, NEGATIVES, PAIRS, VIEWS, OnePositive
+from fastcl.similarity.fields import OF_NEGATIVES
+from fastcl.similarity.problem import PairGradients
 
 _BLOCK = 64
 
@@ -32,7 +33,7 @@ class _Wanted(NamedTuple):
         return self.scale or any(target is not None for target in self[:3])
 
 
-class Loss(NamedTuple):
+class RowLosses(NamedTuple):
     """What the losses kernel leaves for the gradients."""
 
     rows: Tensor  # (N,) losses
@@ -57,13 +58,13 @@ def one_positive(args: OnePositive, needs: int) -> tuple[Tensor, ...]:
     return loss.rows.sum() * loss.factor, *grads, grad_scale.to(args.scale.dtype)
 
 
-def _views(args: OnePositive, scale: Tensor, wanted: _Wanted) -> tuple[Loss, Tensor | None]:
+def _views(args: OnePositive, scale: Tensor, wanted: _Wanted) -> tuple[RowLosses, Tensor | None]:
     n = args.query.shape[0]
     rows = launch.unit_rows(args.query, args.positive)
     side = rows.side(period=max(n, 1))
     triangle = not _wide(side) and launch.column_partials_fit(side, side)
     partials, of_columns = _statistics(side, side, scale, columns=triangle, triangle=triangle)
-    weights = scale.new_empty(2, 2 * n)
+    weights = scale.new_empty(stats.NEGATIVE_WEIGHTS, 2 * n)
     first = Direction(partials, of_columns, 0, 2 * n, weights)
     query, positive = rows.part(slice(0, n)), rows.part(slice(n, 2 * n))
     loss = find_losses(query, positive, scale, (first, first._replace(offset=n)), 1.0, _factor(args, 2 * n))
@@ -75,14 +76,14 @@ def _views(args: OnePositive, scale: Tensor, wanted: _Wanted) -> tuple[Loss, Ten
     return loss, None if sums is None else 0.5 * sums  # each pair was seen from both sides
 
 
-def _batch(args: OnePositive, scale: Tensor, wanted: _Wanted) -> tuple[Loss, Tensor | None]:
+def _batch(args: OnePositive, scale: Tensor, wanted: _Wanted) -> tuple[RowLosses, Tensor | None]:
     n = args.query.shape[0]
     query_rows, positive_rows = _query_and_positive(args)
     query, positive = (rows.side(period=max(n, 1)) for rows in (query_rows, positive_rows))
     columns = args.layout == PAIRS
     one_pass = columns and (_wide(query) or launch.column_partials_fit(query, positive))
     partials, of_columns = _statistics(query, positive, scale, columns=one_pass)
-    query_weights, positive_weights = scale.new_empty(2, n), None
+    query_weights, positive_weights = scale.new_empty(stats.NEGATIVE_WEIGHTS, n), None
     directions = [Direction(partials, None, 0, n, query_weights)]
     if columns:
         if of_columns is None:
@@ -102,7 +103,7 @@ def _batch(args: OnePositive, scale: Tensor, wanted: _Wanted) -> tuple[Loss, Ten
     return loss, sums
 
 
-def _negatives(args: OnePositive, scale: Tensor, wanted: _Wanted) -> tuple[Loss, Tensor | None]:
+def _negatives(args: OnePositive, scale: Tensor, wanted: _Wanted) -> tuple[RowLosses, Tensor | None]:
     assert args.negatives is not None
     n = args.query.shape[0]
     query_rows, positive_rows = _query_and_positive(args)
@@ -119,7 +120,7 @@ def _negatives(args: OnePositive, scale: Tensor, wanted: _Wanted) -> tuple[Loss,
         partials, weighted = stats.attend(query, negatives, scale)
     else:
         partials, _ = _statistics(query, negatives, scale)
-    weights = scale.new_empty(2, n)
+    weights = scale.new_empty(stats.NEGATIVE_WEIGHTS, n)
     direction = Direction(partials, None, 0, n, weights)
     loss = find_losses(query_rows, positive_rows, scale, (direction,), 1.0, _factor(args, n))
     parts, sums = PairGradients(None, None, None), None
@@ -154,14 +155,14 @@ def _statistics(
     if not _wide(own):
         return launch.row_statistics(own, other, scale, columns=columns, triangle=triangle)
     _, row_state, _, column_state = stats.wide_statistics(own, other, scale, columns)
-    of_columns = launch.as_partials(column_state[None, :2]) if columns else None
-    return launch.as_partials(row_state[None, :2]), of_columns
+    of_columns = launch.as_partials(column_state[None, OF_NEGATIVES]) if columns else None
+    return launch.as_partials(row_state[None, OF_NEGATIVES]), of_columns
 
 
 def _wide_parts(
     query: Side,
     key: Side,
-    loss: Loss,
+    loss: RowLosses,
     query_weights: Tensor,
     key_weights: Tensor | None,
     want_query: bool,
@@ -200,7 +201,7 @@ def find_losses(
     directions: Sequence[Direction],
     share: float,
     factor: float,
-) -> Loss:
+) -> RowLosses:
     n, width = query.rows.shape
     programs = triton.cdiv(n, _BLOCK)
     losses, slopes = scale.new_empty(2, n).unbind(0)
@@ -225,11 +226,11 @@ def find_losses(
         BLOCK=_BLOCK,
         SLOTS=16,
     )
-    return Loss(losses, slopes, largest, scale, factor)
+    return RowLosses(losses, slopes, largest, scale, factor)
 
 
 def chain_of(
-    loss: Loss,
+    loss: RowLosses,
     rows: UnitRows,
     shift: int,
     first: Tensor | None,
@@ -248,7 +249,7 @@ def _loss_gradient(
     chain: Chain,
     own_weights: Tensor | None,
     other_weights: Tensor | None,
-    loss: Loss,
+    loss: RowLosses,
     part: Tensor | None = None,
     of_scale: bool = False,
 ) -> Tensor | None:

@@ -13,7 +13,8 @@ from fastcl.kernels.device import topk as device_topk
 from fastcl.kernels.device.mochi import Mix
 from fastcl.kernels.device.one_positive import Direction
 from fastcl.kernels.device.tile import Side
-from fastcl.problem import Mochi, TopK
+from fastcl.losses.families.mochi import Mochi
+from fastcl.similarity.problem import TopK
 
 _RANKS = 1 << 24  # similarities ranked at a time
 _KEYS = 1 << 16
@@ -22,7 +23,7 @@ _KEYS = 1 << 16
 def enqueue(
     keys: Tensor, ids: Tensor | None, pointer: Tensor, new_keys: Tensor, new_ids: Tensor | None
 ) -> None:
-    """As :func:`fastcl.chunked.enqueue`, in one launch."""
+    """As :func:`fastcl.backends.chunked.enqueue`, in one launch."""
     new_keys = launch.row_contiguous(new_keys)
     count, width = new_keys.shape
     block_d = tiles.block_width(width)
@@ -45,7 +46,7 @@ def enqueue(
 
 
 def topk(args: TopK) -> tuple[Tensor, Tensor]:
-    """As :func:`fastcl.chunked.topk`: kernels rank, the library's selection picks."""
+    """As :func:`fastcl.backends.chunked.topk`: kernels rank, the library's selection picks."""
     ready = launch.unit_rows if args.normalize else launch.given_rows
     query_ids, key_ids = (
         None if ids is None else ids.contiguous() for ids in (args.exclude_query, args.exclude_key)
@@ -82,7 +83,7 @@ def _best_ranks(query: Side, key: Side, k: int) -> Tensor:
 
 
 def mochi(args: Mochi) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`fastcl.chunked.mochi`."""
+    """As :func:`fastcl.backends.chunked.mochi`."""
     n, scale = args.query.shape[0], args.scale.float()
     rows = launch.unit_rows(args.query, args.positive)
     query, positive = rows.part(slice(0, n)), rows.part(slice(n, 2 * n))
@@ -90,7 +91,7 @@ def mochi(args: Mochi) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, hard = _select(query.side(), keys.side(), args.n_hard)
     partials, weighted = stats.attend(query.side(), keys.side(), scale, spare=1)
     _synthesize(args, query, keys.rows, hard, scale, partials.data[-1], weighted[-1])
-    weights = scale.new_empty(2, n)
+    weights = scale.new_empty(stats.NEGATIVE_WEIGHTS, n)
     direction = Direction(partials, None, 0, n, weights)
     loss = losses.find_losses(query, positive, scale, (direction,), 1.0, 1.0)
     grad_query, grad_positive = (scale.new_empty(args.query.shape) for _ in range(2))

@@ -15,8 +15,21 @@ from torch import Tensor
 from fastcl.kernels import launch, tiles
 from fastcl.kernels.device.tile import Partials, Side, Stored
 from fastcl.kernels.launch import UnitRows
-from fastcl.numerics import LOG2E
-from fastcl.problem import Needs, PairGradients, Prepared, Problem, input_gradients, wanted_pairs
+from fastcl.similarity.fields import (
+    LSES,
+    MAXIMA,
+    NEG_MAX,
+    NEGATIVE_STATE,
+    OF_NEGATIVES,
+    POS_COUNT,
+    POS_SUM,
+    RUNNING,
+    STATE,
+    STATISTICS,
+    TOTALS,
+)
+from fastcl.similarity.numerics import LOG2E
+from fastcl.similarity.problem import Needs, PairGradients, Prepared, Problem, input_gradients, wanted_pairs
 
 _CHUNK_ELEMENTS = 1 << 25
 
@@ -57,12 +70,27 @@ class _Sides:
         return Prepared(query, key, column(self.query_rows), column(self.key_rows))
 
 
+class Weights(NamedTuple):
+    """What the gradient kernels take of each row, packed in this order."""
+
+    neg_max: Tensor  # of the logits, in log2 units
+    neg_slope: Tensor  # what exp2(logit - neg_max) is multiplied by
+    pos_max: Tensor
+    pos_slope: Tensor
+    sum_slope: Tensor  # the gradient of the positives' sum
+
+
+NEGATIVE_WEIGHTS = Weights._fields.index("pos_max")  # how many there are without positives
+_SLOPES = [i for i, name in enumerate(Weights._fields) if name.endswith("_slope")]
+
+
 @launch.at_its_precision
 def stats_forward(problem: Problem, weighted_keys: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`fastcl.chunked.stats_forward`."""
+    """As :func:`fastcl.backends.chunked.stats_forward`."""
     sides = _Sides(problem)
     query, key, scale = sides.query, sides.key, sides.scale
-    columns, column_state, weighted = scale.new_empty(5, 0), scale.new_empty(4, 0), scale.new_empty(0)
+    columns, column_state = scale.new_empty(STATISTICS, 0), scale.new_empty(STATE, 0)
+    weighted = scale.new_empty(0)
     if weighted_keys:
         partials, parts = attend(query, key, scale)
         rows, row_state = launch.merge(partials)
@@ -92,7 +120,7 @@ def stats_backward(
     column_state: Tensor,
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
-    """As :func:`fastcl.chunked.stats_backward`."""
+    """As :func:`fastcl.backends.chunked.stats_backward`."""
     sides = _Sides(problem)
     labelled = sides.query.positive is not None
     query_weights = _weights(grad_rows, row_state, labelled)
@@ -128,12 +156,14 @@ def _gradients(
 
 
 def _weights(grad: Tensor, state: Tensor, labelled: bool) -> Tensor:
-    """(5, rows): max and slope of the negatives, of the positives, the slope of the positives' sum."""
-    maximum, total = state[0::2], state[1::2]
-    slope = grad[:2] / total.masked_fill(total == 0, torch.inf)
+    """The Weights of rows, packed; without labels those of the negatives only."""
+    maximum, total = state[MAXIMA], state[TOTALS]
+    slope = grad[LSES] / total.masked_fill(total == 0, torch.inf)
     finite = maximum.masked_fill(maximum == -torch.inf, 0.0)
-    packed = torch.stack([finite[0], slope[0], finite[1], slope[1], grad[2]])
-    return packed if labelled else packed[:2]
+    weights = Weights(
+        neg_max=finite[0], neg_slope=slope[0], pos_max=finite[1], pos_slope=slope[1], sum_slope=grad[POS_SUM]
+    )
+    return torch.stack(weights if labelled else weights[:NEGATIVE_WEIGHTS])
 
 
 def _weight_unit(sides: _Sides, weights: Iterable[Tensor | None]) -> Tensor:
@@ -141,7 +171,7 @@ def _weight_unit(sides: _Sides, weights: Iterable[Tensor | None]) -> Tensor:
     one = sides.scale.new_ones(())
     if sides.query.rows.dtype != torch.float16:
         return one
-    slopes = [packed[[1, 3, 4][: len(packed) - 1]] for packed in weights if packed is not None]
+    slopes = [packed[[i for i in _SLOPES if i < len(packed)]] for packed in weights if packed is not None]
     largest = torch.cat([one[None] * 0, *(slope.abs().flatten() for slope in slopes)]).amax()
     if sides.key.factor is not None and sides.key.count:
         largest = largest * sides.key.factor.abs().amax()
@@ -176,16 +206,16 @@ def attend(query: Side, key: Side, scale: Tensor, spare: int = 0) -> tuple[Parti
     """Partial states and weighted keys (slots, N, D); ``spare`` slots are left to the caller."""
     if query.rows.shape[1] <= tiles.MAX_WIDTH:
         return launch.attend_keys(query, key, scale, spare)
-    partials = scale.new_empty(1 + spare, 2, query.count)
+    partials = scale.new_empty(1 + spare, NEGATIVE_STATE, query.count)
     weighted = scale.new_empty(1 + spare, *query.rows.shape)
     operand = _operand(key)
     for chunk in _chunks(query, key):
         found, _ = launch.row_statistics(chunk.query, key, scale, chunk.by_query)
         _, state = launch.merge(found)
-        maximum = state[0].masked_fill(state[0] == -torch.inf, 0.0)
+        maximum = state[NEG_MAX].masked_fill(state[NEG_MAX] == -torch.inf, 0.0)
         weights = torch.stack([maximum, torch.ones_like(maximum)])
         exponentials = launch.logit_gradient(chunk.query, key, scale, chunk.by_query, weights)
-        partials[0][:, chunk.rows] = state[:2]
+        partials[0][:, chunk.rows] = state[OF_NEGATIVES]
         weighted[0][chunk.rows] = launch.matmul(exponentials, operand)
     return launch.as_partials(partials), weighted
 
@@ -194,10 +224,10 @@ def wide_statistics(
     query: Side, key: Side, scale: Tensor, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Statistics and states of rows and of columns, where the library multiplies the rows."""
-    rows, row_state = scale.new_empty(5, query.count), scale.new_empty(4, query.count)
-    fields = 6 if query.positive is not None else 2
+    rows, row_state = scale.new_empty(STATISTICS, query.count), scale.new_empty(STATE, query.count)
+    fields = RUNNING if query.positive is not None else NEGATIVE_STATE
     running = scale.new_zeros(1, fields, key.count if columns else 0)
-    running[:, : min(fields, 4) : 2] = -torch.inf
+    running[:, MAXIMA] = -torch.inf
     for chunk in _chunks(query, key):
         partials, _ = launch.row_statistics(chunk.query, key, scale, chunk.by_query)
         rows[:, chunk.rows], row_state[:, chunk.rows] = launch.merge(partials)
@@ -210,9 +240,10 @@ def wide_statistics(
 
 def _as_partial(statistics: Tensor, state: Tensor, fields: int) -> Tensor:
     """A merge's result as one partial of another."""
-    if fields == 2:
-        return state[None, :2]
-    return torch.cat([state, statistics[2:3] * LOG2E, statistics[3:4]])[None]
+    if fields == NEGATIVE_STATE:
+        return state[None, OF_NEGATIVES]
+    sums = torch.stack([statistics[POS_SUM] * LOG2E, statistics[POS_COUNT]])
+    return torch.cat([state, sums])[None]
 
 
 def wide_gradients(

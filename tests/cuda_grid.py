@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 import fastcl
-from fastcl import cuda, dispatch, ops
+from fastcl.backends.registry import BACKENDS
 
 ROOMY = 1 << 30  # bytes of shared memory
 
@@ -42,9 +42,15 @@ def in_place_of_the_cpu(monkeypatch):
         losses.impl("sup_con", grid.sup_con, "CPU", allow_override=True)
     others.impl("mix_negatives", grid.mix_negatives, "CPU")
     others.impl("enqueue", grid.enqueue, "CPU")
-    monkeypatch.setitem(ops._MODULES, "cpu", cuda)
-    serves_all = replace(dispatch._BACKENDS["cpu"], whole_losses=dispatch._BACKENDS["cuda"].whole_losses)
-    monkeypatch.setitem(dispatch._BACKENDS, "cpu", serves_all)
+    cpu = BACKENDS["cpu"]
+    on_the_host = replace(
+        BACKENDS["cuda"],
+        name="cpu",
+        missing=cpu.missing,
+        unsupported_reasons=cpu.unsupported_reasons,
+        auto=True,
+    )
+    monkeypatch.setitem(BACKENDS, "cpu", on_the_host)
     with fastcl.use_backend("cpu"):
         yield grid
     losses._destroy()

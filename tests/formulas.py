@@ -45,11 +45,11 @@ def nt_xent(z1, z2, *, temperature, reduction="mean"):
     return _reduce(losses, reduction)
 
 
-def clip(image, text, *, scale, normalize=True, reduction="mean"):
+def clip(image, text, *, logit_scale, normalize=True, reduction="mean"):
     """CLIP figure 3: the mean of the cross-entropies along both axes of the scaled cosines."""
     if normalize:
         image, text = _unit(image), _unit(text)
-    logits = scale * (image @ text.T)
+    logits = logit_scale * (image @ text.T)
     by_image = logits.logsumexp(1) - logits.diagonal()
     by_text = logits.logsumexp(0) - logits.diagonal()
     return _reduce(list((by_image + by_text) / 2), reduction)

@@ -17,7 +17,7 @@ from fuzz_oracle import NORM_EPS, norms, weights_like
 
 import fastcl
 from fastcl import PairRule, testing
-from fastcl.numerics import compute_dtype
+from fastcl.similarity.numerics import compute_dtype
 
 ULPS = 8.0
 DOUBLE_ULPS = 3 * ULPS  # where the oracle is no more precise than what it judges

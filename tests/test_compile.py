@@ -11,7 +11,10 @@ from loss_table import LOSSES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastcl
-from fastcl import cuda, dispatch, testing
+from fastcl import testing
+from fastcl.backends import choice, cuda
+from fastcl.backends.registry import BACKENDS
+from fastcl.losses.families.mochi import Mochi
 
 pytestmark = pytest.mark.skipif(not testing.IN_FLOAT64, reason="formulas are compared in float64")
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
@@ -90,7 +93,7 @@ def test_second_derivatives_of_a_compiled_mochi_loss_are_refused(backend):
         pytest.skip("plain torch: what torch does")
     queue = fastcl.NegativeQueue(20, 5)
     case = testing.make_case("random", (4, 1, 5))
-    draws = fastcl.mochi._draw(case.query, 6, 3, 2, None)
+    draws = fastcl.losses.mochi._draw(case.query, 6, 3, 2, None)
 
     def call(x, y):
         return fastcl.mochi_loss(x, y, queue, n_hard=6, n_mix=3, n_query_mix=2, draws=draws)
@@ -132,16 +135,9 @@ def test_bad_numbers_are_refused_in_a_graph():
 @pytest.mark.parametrize("name", ["nt_xent", "info_nce-negatives", "sup_con", "sup_con-one"])
 def test_what_fits_the_chip_is_asked_in_a_graph(name, grid, monkeypatch):
     monkeypatch.setattr(cuda, "_limits", lambda device: (6, 60 << 10, ""))
-    monkeypatch.setattr(
-        dispatch,
-        "_BACKENDS",
-        {
-            "cpu": replace(
-                dispatch._BACKENDS["cpu"], unsupported_reasons=lambda r: cuda._beyond_the_device(r, 0)
-            )
-        },
-    )
-    monkeypatch.setattr(dispatch, "_NAMES", ("cpu", "auto"))
+    limited = replace(BACKENDS["cpu"], unsupported_reasons=lambda r: cuda._beyond_the_device(r, 0))
+    monkeypatch.setattr(choice, "BACKENDS", {"cpu": limited})
+    monkeypatch.setattr(choice, "_NAMES", ("cpu", "auto"))
     loss = LOSSES[name]
     call = compiled(partial(loss.product, reduction="mean"), dynamic=True)
     for n in (6, 9, 20):
@@ -157,9 +153,8 @@ def test_what_fits_the_chip_is_asked_in_a_graph(name, grid, monkeypatch):
 def test_what_a_block_holds_of_hard_keys_is_what_the_kernel_says():
     for width, n_hard, n_mix in ((5, 3, 2), (128, 1024, 512), (128, 700, 512), (2048, 64, 9)):
         case = torch.empty(2, width)
-        args = fastcl.problem.Mochi(
-            case, case, case, case, torch.empty(2, n_mix), case, case, torch.empty(2, 3), case, n_hard
-        )
+        ranks = {"first": torch.empty(2, n_mix), "second": case, "partner": torch.empty(2, 3)}
+        args = Mochi(case, case, case, case, **ranks, alpha=case, beta=case, n_hard=n_hard)
         for shared_bytes in range(1 << 10, 228 << 10, 1 << 10):
             expected = torch.ops.fastcl_native.mixing_fits(width, n_hard, n_mix + 3, shared_bytes)
             assert cuda.mixing_fits(args, shared_bytes) == expected

@@ -12,8 +12,9 @@ import torch
 from loss_table import LOSSES, MASKED
 
 import fastcl
-from fastcl import native, testing
-from fastcl.numerics import constant_when_compiled
+from fastcl import testing
+from fastcl.backends import native
+from fastcl.similarity.numerics import constant_when_compiled
 
 ALL_NEGATIVE = inspect.signature(fastcl.similarity_stats).parameters["rule"].default
 
@@ -202,9 +203,16 @@ def test_sup_con_loss_wants_views():
         fastcl.SupConLoss()(torch.ones(6, 5))
 
 
-def test_modules_have_no_parameters_and_take_their_options():
-    assert not list(fastcl.InfoNCE().parameters())
-    assert not list(fastcl.SupConLoss().parameters())
+@pytest.mark.parametrize("loss", [*testing.LOSSES.values(), *testing.MASKED.values()], ids=lambda x: x.name)
+def test_registered_losses_are_public(loss):
+    assert getattr(fastcl, loss.name) is loss.function
+    assert loss.name in fastcl.__all__
+    if loss.module is not None:
+        assert loss.module.__name__ in fastcl.__all__
+        assert not list(loss.module().parameters())
+
+
+def test_modules_take_their_options():
     z = torch.randn(4, 3)
     got = fastcl.InfoNCE(temperature=0.5, reduction="none")(z, z.flip(0))
     torch.testing.assert_close(got, fastcl.info_nce(z, z.flip(0), temperature=0.5, reduction="none"))

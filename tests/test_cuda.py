@@ -8,10 +8,13 @@ from loss_table import LOSSES, check
 from test_mochi import check as check_mochi
 
 import fastcl
-from fastcl import cuda, dispatch, native, testing
-from fastcl.one_positive import VIEWS, OnePositive
-from fastcl.problem import Mochi
-from fastcl.sup_con import SupCon
+from fastcl import testing
+from fastcl.backends import cuda, native
+from fastcl.backends.base import Request
+from fastcl.backends.choice import choose
+from fastcl.losses.families.many_positives import ManyPositives
+from fastcl.losses.families.mochi import Mochi
+from fastcl.losses.families.one_positive import VIEWS, OnePositive
 
 built = pytest.mark.skipif(not cuda.is_built(), reason="built without CUDA kernels")
 on_gpu = pytest.mark.skipif(testing.DEVICE.type != "cuda", reason="needs FASTCL_TEST_DEVICE=cuda")
@@ -21,20 +24,20 @@ H100 = (132, 227 << 10, "")
 
 def request(samples=64, device="cuda", dtype=torch.float32, reduction="mean", negatives=None):
     z = torch.empty(samples, 8, device="meta", dtype=dtype)
-    args = OnePositive(z, z, negatives, torch.ones(()), None, None, VIEWS, True, True, reduction)
-    return dispatch.Request(torch.device(device), dtype, loss=args)
+    args = OnePositive(z, z, negatives, torch.ones(()), layout=VIEWS, reduction=reduction)
+    return Request(torch.device(device), dtype, loss=args)
 
 
 def sup_con_request(samples=64, reduction="none", positive_table=None):
     z = torch.empty(samples, 8, device="meta")
-    args = SupCon(z, None, torch.ones(()), z, None, True, "out", reduction, positive_table)
-    return replace(dispatch.Request.of_loss(args), device=torch.device("cuda"))
+    args = ManyPositives(z, None, torch.ones(()), z, reduction=reduction, positive_table=positive_table)
+    return replace(Request.of_loss(args), device=torch.device("cuda"))
 
 
 def mochi_request(n_hard, dtype=torch.float32):
     z, ranks = (torch.empty(64, 8, device="meta", dtype=x) for x in (dtype, torch.int64))
     args = Mochi(z, z, torch.ones(()), z, ranks, ranks, z, ranks, z, n_hard)
-    return replace(dispatch.Request.of_mochi(args), device=torch.device("cuda"))
+    return replace(Request.of_mochi(args), device=torch.device("cuda"))
 
 
 def test_show_config_says_that_it_never_ran():
@@ -54,7 +57,7 @@ def test_auto_passes_it_over(monkeypatch):
     if native.missing_reason() is None:
         for asked in (request(), sup_con_request(reduction="mean"), mochi_request(n_hard=1024)):
             assert cuda.unsupported_reasons(asked) == []
-    assert dispatch.choose(request()).name != "cuda"
+    assert choose(request()).name != "cuda"
 
 
 @pytest.mark.skipif(native.missing_reason() is not None, reason="the extension says what fits")
@@ -70,8 +73,8 @@ def test_auto_passes_it_over(monkeypatch):
         (sup_con_request(), "whole losses only"),
         (sup_con_request(reduction="mean", positive_table=torch.ones(8, 8)), "dense mask"),
         (sup_con_request(samples=3121, reduction="mean"), "3121 queries"),
-        (dispatch.Request(torch.device("cuda"), torch.float32), "whole losses only"),
-        (dispatch.Request(torch.device("cuda"), torch.float64, enqueue=True), "float64"),
+        (Request(torch.device("cuda"), torch.float32), "whole losses only"),
+        (Request(torch.device("cuda"), torch.float64, enqueue=True), "float64"),
         (mochi_request(n_hard=1024, dtype=torch.float64), "float64"),
         (mochi_request(n_hard=6000), "6000 hard keys"),
     ],

@@ -6,9 +6,10 @@ from loss_table import LOSSES, check
 from torch.library import opcheck
 
 import fastcl
-from fastcl import cuda, native, testing
-from fastcl.one_positive import BATCH, VIEWS, OnePositive
-from fastcl.sup_con import SupCon
+from fastcl import testing
+from fastcl.backends import cuda, native
+from fastcl.losses.families.many_positives import ManyPositives
+from fastcl.losses.families.one_positive import BATCH, VIEWS, OnePositive
 
 pytestmark = pytest.mark.skipif(
     native.missing_reason() is not None or testing.DEVICE.type != "cpu", reason="runs in the native extension"
@@ -251,7 +252,7 @@ def test_too_many_rows_for_the_chip_are_refused(grid):
 # what is compared with what, and the loss's arguments where there is no memory behind them
 def views(samples, dtype):
     z = torch.empty(samples, 3, dtype=dtype, device="meta")
-    return OnePositive(z, z, None, z, None, None, VIEWS, True, True, "mean")
+    return OnePositive(z, z, None, z, layout=VIEWS)
 
 
 def batch(samples, dtype):
@@ -260,7 +261,7 @@ def batch(samples, dtype):
 
 def classes(rows, dtype):
     z = torch.empty(rows, 3, dtype=dtype, device="meta")
-    return SupCon(z, None, z, z, None, True, "out", "mean", None)
+    return ManyPositives(z, None, z, z)
 
 
 def largest(arguments, dtype, *device):

@@ -6,7 +6,8 @@ from test_mochi import check as check_mochi
 from test_mochi import dense, draw
 
 import fastcl
-from fastcl import native, testing
+from fastcl import testing
+from fastcl.backends import native
 
 pytestmark = pytest.mark.skipif(
     native.missing_reason() is not None or testing.DEVICE.type != "cpu", reason="runs in the native extension"

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import fastcl
-from fastcl import PairRule, dispatch, native
+from fastcl import PairRule
+from fastcl.backends import choice, native
 
 Z, W = torch.ones(4, 3), torch.ones(5, 3)
 IDS = torch.arange(4)
@@ -185,7 +186,7 @@ class TestMissingExtension:
     @pytest.fixture(autouse=True)
     def _missing(self, monkeypatch):
         monkeypatch.setattr(native, "_missing", "it was left at home")
-        monkeypatch.setattr(dispatch, "_warned", False)
+        monkeypatch.setattr(choice, "_warned", False)
 
     def test_show_config_says_why(self):
         line = next(x for x in fastcl.show_config().splitlines() if x.split()[:1] == ["cpu"])
@@ -216,11 +217,11 @@ def test_other_missing_backends_raise_with_a_reason(name):
 
 
 def test_a_failed_selection_changes_nothing():
-    before = dispatch._selected
+    before = choice._selected
     for name in ("gpu", "cuda"):
         with pytest.raises((ValueError, RuntimeError)):
             fastcl.use_backend(name)
-    assert dispatch._selected == before
+    assert choice._selected == before
 
 
 def test_the_cpu_backend_refuses_a_dense_mask():

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from loss_table import LOSSES, check
 
 import fastcl
-from fastcl import native, testing
+from fastcl import testing
+from fastcl.backends import native
 
 BUILT = native.missing_reason() is None
 BEST = native.isa_levels()[0] if BUILT else len(native.ISA_LEVELS) - 1

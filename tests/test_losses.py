@@ -7,7 +7,7 @@ import formulas
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_table import LOSSES, MASKED, check, mask, scalar_like
+from loss_table import LOSSES, MASKED, check, scalar_like
 
 import fastcl
 from fastcl import testing
@@ -78,7 +78,7 @@ def test_asymmetric_mask(name, backend_name):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32, torch.float64])
 def test_mask_of_any_dtype_is_read_as_zeros_and_ones(dtype):
     features = testing.make_case("random", (9, 1, 4)).query
-    table = mask(features)
+    table = testing.example_mask(features)
     got = fastcl.sup_con(features, mask=table.to(dtype))
     torch.testing.assert_close(got, formulas.sup_con(features, mask=table, temperature=0.07))
 
@@ -199,7 +199,7 @@ def test_one_tensor_in_two_places_gets_both_gradients(backend):
     for product, formula in (
         (fastcl.nt_xent, lambda a, b: formulas.nt_xent(a, b, temperature=0.5)),
         (fastcl.info_nce, lambda a, b: formulas.info_nce(a, b, temperature=0.1)),
-        (lambda a, b: fastcl.clip_loss(a, b, 10.0), lambda a, b: formulas.clip(a, b, scale=10.0)),
+        (lambda a, b: fastcl.clip_loss(a, b, 10.0), lambda a, b: formulas.clip(a, b, logit_scale=10.0)),
     ):
         (_, got), (_, exact) = (
             testing.value_and_grads(lambda a, f=f: f(2 * a, 2 * a), [x]) for f in (product, formula)

@@ -11,11 +11,11 @@ from torch.overrides import TorchFunctionMode
 
 import fastcl
 from fastcl import testing
-from fastcl.problem import Problem
+from fastcl.similarity.problem import Problem
 
 OPS = torch.ops.fastcl
 STREAMING = [name for name in testing.backends() if name != "reference"]
-WHOLE_LOSS = "one_positive_triton" if testing.INTERPRETED else "one_positive"
+WHOLE_LOSS = "one_positive_by" if testing.INTERPRETED else "one_positive"
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 in_float64 = pytest.mark.skipif(not testing.IN_FLOAT64, reason="finite differences need float64")
 streaming = pytest.mark.parametrize("name", STREAMING)

@@ -6,7 +6,9 @@ from loss_table import LOSSES
 from loss_table import check as check_loss
 
 import fastcl
-from fastcl import dispatch, testing
+from fastcl import testing
+from fastcl.backends.base import Request
+from fastcl.backends.choice import choose
 
 needs_kernels = pytest.mark.skipif(
     "triton" not in testing.backends(), reason="run with TRITON_INTERPRET=1, or on a GPU"
@@ -90,7 +92,7 @@ def test_float64_goes_to_chunked_and_says_so():
             pytest.raises(RuntimeError, match="float64 is served by 'chunked'"),
         ):
             fastcl.nt_xent(x, x)
-        assert dispatch.choose(dispatch.Request.of(x)).name != "triton"
+        assert choose(Request.of(x)).name != "triton"
 
 
 @pytest.mark.skipif(testing.INTERPRETED or torch.cuda.is_available(), reason="kernels can run here")

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 
-from fastcl.checks import check_choice
+from fastcl.similarity.checks import check_choice
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2")
 SMALL_IMAGE = 64  # the largest side of images that get the stem of CIFAR's networks

@@ -9,7 +9,7 @@ from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from fastcl.checks import check_choice
+from fastcl.similarity.checks import check_choice
 
 _TIMM_NAMES = {"lars": "lars", "sgd": "momentum", "adamw": "adamw"}
 

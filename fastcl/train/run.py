@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 
-from fastcl.checks import check_choice
+from fastcl.similarity.checks import check_choice
 from fastcl.train import checkpoints
 from fastcl.train.data.choice import kind, load
 from fastcl.train.data.loader import Loader

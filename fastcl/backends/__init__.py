@@ -1,0 +1,1 @@
+"""Who computes: one file per backend, one registry, and the choice between them."""

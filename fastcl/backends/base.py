@@ -1,0 +1,95 @@
+"""What a backend is, and what it may be asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcl.losses.families.many_positives import ManyPositives
+from fastcl.losses.families.mochi import Mochi
+from fastcl.losses.families.one_positive import OnePositive
+from fastcl.similarity.problem import Needs, Problem, TopK
+
+WholeLoss = OnePositive | ManyPositives
+
+Outputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call asks of a backend."""
+
+    device: torch.device
+    dtype: torch.dtype
+    dense_mask: bool = False
+    loss: WholeLoss | None = None  # where a loss is asked for that a backend may compute as a whole
+    enqueue: bool = False  # where a queue's step is
+    mochi: Mochi | None = None  # where MoCHi's loss is
+
+    @classmethod
+    def of_loss(cls, args: WholeLoss) -> Request:
+        dense_mask = isinstance(args, ManyPositives) and args.positive_table is not None
+        return cls(args.query.device, args.query.dtype, dense_mask, args)
+
+    @classmethod
+    def of_enqueue(cls, x: Tensor) -> Request:
+        return cls(x.device, x.dtype, enqueue=True)
+
+    @classmethod
+    def of_mochi(cls, args: Mochi) -> Request:
+        return cls(args.query.device, args.query.dtype, mochi=args)
+
+    @classmethod
+    def of(cls, x: Tensor, dense_mask: bool = False) -> Request:
+        return cls(x.device, x.dtype, dense_mask)
+
+
+def _anything(request: Request) -> list[str]:
+    return []
+
+
+def _nothing_missing() -> str | None:
+    return None
+
+
+def _not_computed(*args: Any) -> Any:
+    raise NotImplementedError("the backend says that it serves this call, but has no function for it")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend's name, what it cannot do, and its functions, each on prepared and checked arguments.
+
+    A function that is left out must be refused by ``unsupported_reasons``, but for those that say None.
+    All of them take the records of :mod:`fastcl.similarity.problem` and of the loss families.
+    """
+
+    name: str
+    missing: Callable[[], str | None] = _nothing_missing  # why it is not available here
+    unsupported_reasons: Callable[[Request], list[str]] = _anything  # why it cannot serve a request
+    whole_losses: tuple[type[WholeLoss], ...] = ()  # which it computes with their gradients, in one op
+    note: str = ""  # what a reader of show_config should know
+    auto: bool = True  # whether 'auto' may choose it
+
+    # (problem, weighted_keys) -> statistics and state of the rows, of the columns, sum_j p_ij y_j if asked
+    stats_forward: Callable[[Problem, bool], Outputs] = _not_computed
+    # (problem, grad_rows, grad_columns, row_state, column_state, needs) -> gradients, as Needs orders them
+    stats_backward: Callable[[Problem, Tensor, Tensor, Tensor, Tensor, Needs], tuple[Tensor | None, ...]] = (
+        _not_computed
+    )
+    # values and indices, (N, k) each
+    topk: Callable[[TopK], tuple[Tensor, Tensor]] = _not_computed
+    # losses (N,) and, for an incoming 1 per row, gradients of query, positive (N, D) and scale (N,)
+    mochi: Callable[[Mochi], Outputs] = _not_computed
+    # (keys, ids, pointer, new_keys, new_ids): writes in place
+    enqueue: Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor | None], None] = _not_computed
+    # (args, needs as bits) -> loss and gradients; None: the native extension has the op for its device
+    one_positive: Callable[[OnePositive, int], Outputs] | None = None
+
+    def serves_whole(self, loss: WholeLoss) -> bool:
+        """Whether one op is all of ``loss``, which must be reduced then."""
+        return loss.reduction != "none" and isinstance(loss, self.whole_losses)

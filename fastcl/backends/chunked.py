@@ -1,0 +1,288 @@
+"""Pure torch over row chunks: linear memory, any device, any rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastcl.backends.base import Backend
+from fastcl.backends.reference import enqueue, pair_masks
+from fastcl.losses.families.mochi import Mochi
+from fastcl.losses.families.one_positive import NEGATIVES, OnePositive
+from fastcl.similarity.fields import (
+    LSE_NEG,
+    LSE_POS,
+    MAXIMA,
+    NEG_MAX,
+    OF_NEGATIVES,
+    OF_POSITIVES,
+    POS_SUM,
+    POSITIVE_SUMS,
+    STATE,
+    STATISTICS,
+    TOTALS,
+    Statistics,
+)
+from fastcl.similarity.numerics import (
+    LN2,
+    LOG2E,
+    compute_dtype,
+    inverse_norms,
+    product,
+    row_dot,
+    softplus,
+    unit_rows,
+    unit_rows_backward,
+)
+from fastcl.similarity.problem import (
+    Needs,
+    PairGradients,
+    Prepared,
+    Problem,
+    TopK,
+    input_gradients,
+    prepare,
+    wanted_pairs,
+)
+
+_CHUNK_ELEMENTS = 1 << 21
+
+
+def row_chunks(n_rows: int, n_columns: int) -> Iterator[slice]:
+    """Slices of rows whose tiles hold about two million elements."""
+    step = max(1, _CHUNK_ELEMENTS // max(1, n_columns))
+    for start in range(0, n_rows, step):
+        yield slice(start, min(n_rows, start + step))
+
+
+def stats_forward(problem: Problem, weighted_keys: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Statistics and state of the rows, the same of the columns, and sum_j p_ij y_j (N, D) if asked."""
+    prepared = prepare(problem)
+    n, m = problem.query.shape[0], problem.key.shape[0]
+    new = prepared.query.new_empty
+    rows, row_state = new(STATISTICS, n), new(STATE, n)
+    m_columns = m if problem.columns else 0
+    columns, column_state = new(STATISTICS, m_columns), empty_state(prepared.query, m_columns)
+    column_sums = torch.zeros_like(columns[POSITIVE_SUMS])
+    weighted = new(problem.query.shape if weighted_keys else (0,))
+    for chunk in row_chunks(n, m):
+        logits2 = _logits2(problem, prepared, chunk)
+        negative, positive = pair_masks(problem, chunk)
+        row_state[:, chunk] = _tile_state(logits2, negative, positive)
+        rows[:, chunk] = statistics(row_state[:, chunk], _positive_sums(logits2, positive))
+        if weighted_keys:
+            probabilities = _weights(logits2, negative, row_state[OF_NEGATIVES, chunk])
+            weighted[chunk] = probabilities @ _scaled_keys(problem, prepared)
+        if problem.columns:
+            tile = _tile_state(logits2.T, negative.T, positive.T)
+            column_state = merge_states(column_state, tile)
+            column_sums += _positive_sums(logits2.T, positive.T)
+    if problem.columns:
+        columns = statistics(column_state, column_sums)
+    return rows, row_state, columns, column_state, weighted
+
+
+def stats_backward(
+    problem: Problem,
+    grad_rows: Tensor,
+    grad_columns: Tensor,
+    row_state: Tensor,
+    column_state: Tensor,
+    needs: Needs,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, scale, key_bias and key_scale, from the saved row states."""
+    prepared = prepare(problem)
+    want_query, want_key, want_bias = wanted_pairs(problem, needs)
+    query_sum = prepared.query.new_zeros(prepared.query.shape) if want_query else None
+    key_sum = prepared.key.new_zeros(prepared.key.shape) if want_key else None
+    bias_sum = prepared.key.new_zeros(problem.key.shape[0]) if want_bias else None
+    for chunk in row_chunks(problem.query.shape[0], problem.key.shape[0]):
+        logits2 = _logits2(problem, prepared, chunk)
+        negative, positive = pair_masks(problem, chunk)
+        dlogits = _logit_gradient(logits2, negative, positive, row_state[:, chunk], grad_rows[:, chunk])
+        if problem.columns:
+            other = _logit_gradient(logits2.T, negative.T, positive.T, column_state, grad_columns)
+            dlogits = dlogits + other.T
+        if query_sum is not None:
+            query_sum[chunk] += dlogits @ _scaled_keys(problem, prepared)
+            if problem.symmetric:  # by the logits of the forward pass: l_ji may be rounded otherwise
+                query_sum += dlogits.T @ prepared.query[chunk]
+        if key_sum is not None:
+            key_sum += dlogits.T @ prepared.query[chunk]
+        if bias_sum is not None:
+            bias_sum += dlogits.sum(dim=0)
+    return input_gradients(problem, prepared, PairGradients(query_sum, key_sum, bias_sum), needs)
+
+
+def empty_state(like: Tensor, count: int) -> Tensor:
+    """The state (STATE, count) of rows that have seen no key."""
+    state = like.new_zeros(STATE, count)
+    state[MAXIMA] = -torch.inf
+    return state
+
+
+def merge_states(a: Tensor, b: Tensor) -> Tensor:
+    """The state (STATE, N) over two disjoint sets of keys."""
+    merged = torch.empty_like(a)
+    maxima = torch.maximum(a[MAXIMA], b[MAXIMA])
+    shift = _finite(maxima)
+    merged[MAXIMA] = maxima
+    merged[TOTALS] = a[TOTALS] * torch.exp2(a[MAXIMA] - shift) + b[TOTALS] * torch.exp2(b[MAXIMA] - shift)
+    return merged
+
+
+def statistics(state: Tensor, positive_sums: Tensor) -> Tensor:
+    """Statistics (STATISTICS, N) from a state (STATE, N) and the positives' sum and count (2, N)."""
+    lse_neg, lse_pos = (state[MAXIMA] + state[TOTALS].log2()) * LN2
+    pos_sum, pos_count = positive_sums
+    return torch.stack(Statistics(lse_neg, lse_pos, pos_sum, pos_count, max_neg=state[NEG_MAX] * LN2))
+
+
+def topk(args: TopK) -> tuple[Tensor, Tensor]:
+    """Streaming top-k: the best k so far are merged with each tile of keys by a stable sort."""
+    query, key, k = unit_rows(args.query, args.normalize), args.key, args.k
+    values = query.new_full((query.shape[0], k), -torch.inf)
+    indices = torch.full(values.shape, -1, dtype=torch.int64, device=query.device)
+    width = max(1024, 2 * k)
+    for keys in (slice(s, s + width) for s in range(0, key.shape[0], width)):
+        tile_keys = unit_rows(key[keys], args.normalize)
+        tile_indices = torch.arange(key.shape[0], device=query.device)[keys]
+        for rows in row_chunks(query.shape[0], width):
+            similarity = product(query[rows], tile_keys.T)
+            if args.exclude_query is not None and args.exclude_key is not None:
+                excluded = args.exclude_query[rows, None] == args.exclude_key[None, keys]
+                similarity = similarity.masked_fill(excluded, -torch.inf)
+            candidates = torch.cat([values[rows], similarity], dim=1)
+            positions = torch.cat([indices[rows], tile_indices.expand_as(similarity)], dim=1)
+            best, order = candidates.sort(dim=1, descending=True, stable=True)
+            values[rows] = best[:, :k]
+            indices[rows] = positions.gather(1, order[:, :k])
+    return values, indices.masked_fill(values == -torch.inf, -1)
+
+
+def mochi(args: Mochi) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses (N,) and, for an incoming 1 per row, gradients of query, positive (N, D) and scale (N,)."""
+    dtype = compute_dtype(args.query.dtype)
+    query, positive = args.query.to(dtype), args.positive.to(dtype)
+    query_inverse, positive_inverse = inverse_norms(query), inverse_norms(positive)
+    query, positive, scale = query * query_inverse, positive * positive_inverse, args.scale.to(dtype)
+    _, order, rows, _, pull = over_queue(args, query)
+    queue_lse = rows[LSE_NEG]
+    lse = torch.empty_like(queue_lse)
+    formed = max(args.n_hard, args.first.shape[1] + args.partner.shape[1])
+    for chunk in row_chunks(query.shape[0], formed * query.shape[1]):
+        hard = args.keys[order[chunk]].to(dtype)  # [n, n_hard, D]
+        lse[chunk], synthetic = _mix(args, chunk, query[chunk], hard, queue_lse[chunk], scale)
+        pull[chunk] = pull[chunk] * torch.exp(queue_lse[chunk] - lse[chunk])[:, None] + synthetic
+    margin = lse - scale * row_dot(query, positive)
+    slope = torch.sigmoid(margin)[:, None]
+    pull = (pull - positive) * slope
+    grad_query = unit_rows_backward(scale * pull, query, query_inverse)
+    grad_positive = unit_rows_backward(-scale * slope * query, positive, positive_inverse)
+    return softplus(margin), grad_query, grad_positive, row_dot(query, pull)
+
+
+def over_queue(args: Mochi, query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of unit queries: similarities and indices (N, n_hard) of the hardest keys, then all of the queue.
+
+    Of it the statistics and the state of the rows, and the mean key by their probabilities (N, D).
+    """
+    similarity, order = topk(TopK(query, args.keys.to(query.dtype), args.n_hard))
+    plain = OnePositive(
+        query,
+        query,
+        negatives=args.keys,
+        scale=args.scale,
+        layout=NEGATIVES,
+        normalize=False,
+        normalize_negatives=False,
+    )
+    rows, row_state, _, _, pull = stats_forward(plain.problem(), weighted_keys=True)
+    return similarity, order, rows, row_state, pull
+
+
+def _mix(
+    args: Mochi, chunk: slice, query: Tensor, hard: Tensor, lse: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``lse`` with the synthetic logits added, and ``sum_h exp(logit_h - lse) h``, for a chunk of rows."""
+
+    def ranked(ranks: Tensor) -> Tensor:
+        return hard.gather(1, ranks[chunk, :, None].expand(-1, -1, hard.shape[2]))
+
+    alpha, beta = args.alpha[chunk, :, None], args.beta[chunk, :, None]
+    mixed = alpha * ranked(args.first) + (1 - alpha) * ranked(args.second)
+    mixed_with_query = beta * query[:, None] + (1 - beta) * ranked(args.partner)
+    synthetic = torch.cat([mixed, mixed_with_query], dim=1)  # [n, n_mix + n_query_mix, D]
+    inverses = inverse_norms(synthetic).squeeze(2)
+    logits = scale * product(synthetic, query[:, :, None]).squeeze(2) * inverses
+    lse = torch.logaddexp(lse, logits.logsumexp(dim=1))
+    weights = torch.exp(logits - lse[:, None]) * inverses
+    return lse, (weights[:, None] @ synthetic).squeeze(1)
+
+
+def _logits2(problem: Problem, prepared: Prepared, chunk: slice) -> Tensor:
+    factor = problem.scale * LOG2E
+    if problem.key_scale is not None:
+        factor = factor * problem.key_scale.to(prepared.key.dtype)
+    logits2 = product(prepared.query[chunk], prepared.key.T)
+    logits2 *= factor.to(logits2.dtype)  # not before the product, where it might overflow
+    if problem.key_bias is not None:
+        logits2 += problem.key_bias.to(logits2.dtype) * LOG2E
+    return logits2
+
+
+def _scaled_keys(problem: Problem, prepared: Prepared) -> Tensor:
+    if problem.key_scale is None:
+        return prepared.key
+    return prepared.key * problem.key_scale.to(prepared.key.dtype)[:, None]
+
+
+def _finite(maximum: Tensor) -> Tensor:
+    return maximum.masked_fill(maximum == -torch.inf, 0.0)
+
+
+def _max_sum(logits2: Tensor, mask: Tensor) -> Tensor:
+    if logits2.shape[1] == 0:
+        return empty_state(logits2, logits2.shape[0])[OF_NEGATIVES]
+    masked = logits2.masked_fill(~mask, -torch.inf)
+    maximum = masked.amax(dim=1)
+    return torch.stack([maximum, torch.exp2(masked - _finite(maximum)[:, None]).sum(dim=1)])
+
+
+def _tile_state(logits2: Tensor, negative: Tensor, positive: Tensor) -> Tensor:
+    return torch.cat([_max_sum(logits2, negative), _max_sum(logits2, positive)])
+
+
+def _positive_sums(logits2: Tensor, positive: Tensor) -> Tensor:
+    total = logits2.masked_fill(~positive, 0.0).sum(dim=1) * LN2
+    return torch.stack([total, positive.sum(dim=1).to(logits2.dtype)])
+
+
+def _weights(logits2: Tensor, mask: Tensor, maximum_and_total: Tensor) -> Tensor:
+    """exp(l - lse) over the mask, 0 elsewhere; ``maximum_and_total`` (2, rows) is half a state."""
+    maximum, total = maximum_and_total
+    inverse = total.masked_fill(total == 0, 1.0).reciprocal()
+    shifted = (logits2 - _finite(maximum)[:, None]).masked_fill(~mask, -torch.inf)
+    weights: Tensor = torch.exp2(shifted) * inverse[:, None]
+    return weights
+
+
+def _logit_gradient(
+    logits2: Tensor, negative: Tensor, positive: Tensor, state: Tensor, grad: Tensor
+) -> Tensor:
+    """Gradient of the logits through one side's statistics, whose gradient is ``grad``."""
+    dlogits = _weights(logits2, negative, state[OF_NEGATIVES]) * grad[LSE_NEG, :, None]
+    dlogits += _weights(logits2, positive, state[OF_POSITIVES]) * grad[LSE_POS, :, None]
+    return dlogits + grad[POS_SUM, :, None] * positive
+
+
+BACKEND = Backend(
+    "chunked",
+    stats_forward=stats_forward,
+    stats_backward=stats_backward,
+    topk=topk,
+    mochi=mochi,
+    enqueue=enqueue,
+)

@@ -1,0 +1,110 @@
+"""The native CPU backend: hands prepared rows and outputs to the C++ kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastcl.backends import native, reference
+from fastcl.backends.base import Backend, Request
+from fastcl.losses.families.many_positives import ManyPositives
+from fastcl.losses.families.mochi import Mochi
+from fastcl.losses.families.one_positive import OnePositive
+from fastcl.similarity.numerics import LOG2E, compute_dtype
+from fastcl.similarity.problem import Needs, Problem, TopK
+
+_native = torch.ops.fastcl_native
+
+
+def unsupported_reasons(request: Request) -> list[str]:
+    """What keeps the kernels from serving ``request``."""
+    reasons = []
+    if request.device.type != "cpu":
+        reasons.append(f"inputs are on {request.device}, it takes CPU tensors")
+    if request.dense_mask:
+        reasons.append("a dense mask is served by 'chunked' only")
+    return reasons
+
+
+def stats_forward(problem: Problem, weighted_keys: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`fastcl.backends.chunked.stats_forward`."""
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _native.stats_forward(
+        *_native_problem(problem), weighted_keys
+    )
+    return outputs
+
+
+def stats_backward(
+    problem: Problem,
+    grad_rows: Tensor,
+    grad_columns: Tensor,
+    row_state: Tensor,
+    column_state: Tensor,
+    needs: Needs,
+) -> tuple[Tensor | None, ...]:
+    """As :func:`fastcl.backends.chunked.stats_backward`."""
+    wanted = needs._replace(key=needs.key and not problem.symmetric)
+    bits = sum(bit << i for i, bit in enumerate(wanted))
+    grads = _native.stats_backward(
+        *_native_problem(problem), grad_rows, row_state, grad_columns, column_state, bits
+    )
+    return tuple(
+        grad.to(x.dtype) if x is not None and want else None
+        for grad, x, want in zip(grads, problem.inputs(), wanted, strict=True)
+    )
+
+
+def topk(args: TopK) -> tuple[Tensor, Tensor]:
+    """As :func:`fastcl.backends.chunked.topk`."""
+    outputs: tuple[Tensor, Tensor] = _native.topk(*args)
+    return outputs
+
+
+def mochi(args: Mochi) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`fastcl.backends.chunked.mochi`."""
+    query, positive, keys = (_row_contiguous(x) for x in (args.query, args.positive, args.keys))
+    dtype = compute_dtype(query.dtype)
+    shapes = (query.shape[:1], query.shape, query.shape, query.shape[:1])
+    losses, grad_query, grad_positive, grad_scale = (query.new_empty(s, dtype=dtype) for s in shapes)
+    draws = (x.contiguous() for x in (args.first, args.second, args.alpha, args.partner, args.beta))
+    outputs = (losses, grad_query, grad_positive, grad_scale)
+    _native.mochi(query, positive, keys, args.scale, *draws, args.n_hard, *outputs)
+    return outputs
+
+
+def _row_contiguous(x: Tensor) -> Tensor:
+    """``x`` with its last dimension contiguous; rows may be any distance apart."""
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _native_problem(problem: Problem) -> tuple[Tensor | int | None, ...]:
+    dtype = compute_dtype(problem.query.dtype)
+    key_scale, bias = problem.key_scale, problem.key_bias
+    return (
+        problem.query,
+        problem.key,
+        problem.scale,
+        None if key_scale is None else key_scale.to(dtype),
+        None if bias is None else bias.to(dtype) * LOG2E,
+        problem.exclude_query,
+        problem.exclude_key,
+        problem.positive_query,
+        problem.positive_key,
+        problem.normalize,
+        problem.symmetric,
+        problem.precision,
+        problem.columns,
+    )
+
+
+BACKEND = Backend(
+    "cpu",
+    missing=native.missing_reason,
+    unsupported_reasons=unsupported_reasons,
+    whole_losses=(OnePositive, ManyPositives),
+    stats_forward=stats_forward,
+    stats_backward=stats_backward,
+    topk=topk,
+    mochi=mochi,
+    enqueue=reference.enqueue,
+)

@@ -1,0 +1,116 @@
+"""What all ranks hold, brought together: rows, and the sum of losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastcl.ops import calls
+from fastcl.similarity.fields import Measured
+from fastcl.similarity.problem import Problem
+from fastcl.similarity.transforms import is_transformed
+
+
+def check_group(group: dist.ProcessGroup | None, ring: bool) -> None:
+    """Raise unless ``group`` is None or a process group of this rank, and given where ``ring`` is.
+
+    Raises:
+        RuntimeError: a group under forward mode or ``torch.func``, which ranks do not share.
+    """
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a ProcessGroup that this rank belongs to, got {type(group).__name__}")
+    if ring and group is None:
+        raise ValueError("ring=True passes keys between the ranks of a group, but got group=None")
+    if group is not None and is_transformed():
+        raise RuntimeError("with group= derivatives are those of backward(): no torch.func, no forward mode")
+
+
+def group_reduce(losses: Tensor, count: int, reduction: str, group: dist.ProcessGroup) -> Tensor:
+    """The loss of all ranks' rows from this rank's ``count`` losses or, unless 'none', from their sum."""
+    if reduction == "none":
+        return losses
+    own = torch.stack([losses.sum(), losses.new_full((), count)])
+    total = gather_rows(own[None], [1] * dist.get_world_size(group), group).sum(dim=0)
+    return total[0] / total[1] if reduction == "mean" else total[0]
+
+
+def row_counts(rows: Tensor, group: dist.ProcessGroup) -> list[int]:
+    """How many rows each rank brings; waits for the device.
+
+    Raises:
+        ValueError: the (N, D) rows are not equally wide on all ranks.
+    """
+    shape = torch.tensor(rows.shape, device=rows.device)
+    shapes = [torch.empty_like(shape) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shapes, shape, group=group)
+    counts, widths = torch.stack(shapes).T.tolist()
+    if len(set(widths)) > 1:
+        raise ValueError(f"rows must have the same number of components on every rank, got {widths}")
+    return list(counts)
+
+
+def gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """All ranks' rows in rank order, differentiable once."""
+    gathered: Tensor = _GatherRows.apply(rows, counts, group)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+class _GatherRows(torch.autograd.Function):
+    """Rows are padded on the way, since ranks may bring different numbers of them."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.counts, ctx.group = counts, group
+        parts = [rows.new_empty(max(counts), *rows.shape[1:]) for _ in counts]
+        dist.all_gather(parts, _padded(rows, max(counts)), group=group)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """Every rank's rows receive the sum of their gradients on all ranks."""
+        parts = [_padded(part, max(ctx.counts)) for part in grad.split(ctx.counts)]
+        own = torch.empty_like(parts[0])
+        dist.reduce_scatter(own, parts, group=ctx.group)
+        return own[: ctx.counts[dist.get_rank(ctx.group)]], None, None
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    if rows.shape[0] == count:
+        return rows.contiguous()
+    return torch.cat([rows, rows.new_zeros(count - rows.shape[0], *rows.shape[1:])])
+
+
+def gathered_stats(problem: Problem, group: dist.ProcessGroup, counts: Sequence[int]) -> Measured:
+    """Statistics of this rank's rows over the keys of all ranks, gathered here."""
+
+    def gather(ids: Tensor | None) -> Tensor | None:
+        return None if ids is None else gather_rows(ids, counts, group)
+
+    def over_all(own: Problem) -> Measured:
+        return calls.statistics(
+            own._replace(
+                key=gather_rows(own.key, counts, group),
+                positive_key=gather(own.positive_key),
+                exclude_key=gather(own.exclude_key),
+            )
+        )
+
+    by_rows = problem._replace(columns=False)
+    if not problem.columns:
+        return over_all(by_rows)
+    # a column's queries are spread over the ranks: its statistics are those of a row of the swapped problem
+    by_columns = by_rows._replace(
+        query=problem.key,
+        key=problem.query,
+        positive_query=problem.positive_key,
+        positive_key=problem.positive_query,
+        exclude_query=problem.exclude_key,
+        exclude_key=problem.exclude_query,
+    )
+    return Measured(over_all(by_rows).rows, over_all(by_columns).rows)

@@ -1,0 +1,70 @@
+"""The family of losses with many positives per row (SupCon), said once for every backend.
+
+All samples of a row's class are its positives.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastcl.similarity.fields import Statistics
+from fastcl.similarity.numerics import logaddexp, matmul_precision_level, softplus
+from fastcl.similarity.problem import Problem
+
+
+class ManyPositives(NamedTuple):
+    """Arguments of one loss, in the order of the op's schema as far as it goes.
+
+    Row i of the queries is row i of the keys: it takes no part in its own loss.
+    """
+
+    query: Tensor  # (N, D)
+    key: Tensor | None  # (M, D); None: the queries
+    scale: Tensor  # ()
+    query_labels: Tensor  # (N,) int64
+    key_labels: Tensor | None = None  # (M,) int64; None: the queries'
+    normalize: bool = True
+    variant: str = "out"  # or 'in'
+    reduction: str = "mean"
+    positive_table: Tensor | None = None  # (B, B) bool, of labels: as in Problem; the op takes none
+
+    def in_compute_dtype(self) -> ManyPositives:
+        """The loss itself: its rows enter the statistics only, which round their gradients once."""
+        return self
+
+    def problem(self) -> Problem:
+        """The statistics call that the loss is made of."""
+        key = self.query if self.key is None else self.key
+        ids = torch.arange(key.shape[0], device=key.device)
+        return Problem(
+            self.query,
+            key,
+            self.scale,
+            positive_query=self.query_labels,
+            positive_key=self.query_labels if self.key_labels is None else self.key_labels,
+            positive_table=self.positive_table,
+            exclude_query=ids[: self.query.shape[0]],
+            exclude_key=ids,
+            normalize=self.normalize,
+            symmetric=self.key is None and self.positive_table is None,
+            precision=matmul_precision_level(),
+        )
+
+    def losses(self, rows: Statistics, columns: Statistics | None) -> Tensor:
+        """The loss of each row from the statistics of :meth:`problem`; 0 for a row without positives."""
+        count = rows.pos_count.clamp_min(1)
+        if self.variant == "out":
+            losses = logaddexp(rows.lse_neg, rows.lse_pos) - rows.pos_sum / count
+        else:
+            # where there are no positives, as two infinities would differ by NaN
+            lse_pos = rows.lse_pos.masked_fill(rows.pos_count == 0, 0.0)
+            losses = softplus(rows.lse_neg - lse_pos) + count.log()
+        return torch.where(rows.pos_count > 0, losses, 0.0)
+
+
+# the first ones, which may need a gradient; all before the flags
+MANY_POSITIVES_INPUTS = ManyPositives._fields.index("query_labels")
+MANY_POSITIVES_TENSORS = ManyPositives._fields.index("normalize")

@@ -1,0 +1,95 @@
+"""The family of losses with one positive per row, said once for every backend.
+
+Each row's loss is ``softplus(lse_neg - positive_logit)``, where ``lse_neg`` leaves out the row
+itself and its positive. It equals cross-entropy, but never forms ``p - 1``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastcl.similarity.compiled import anchored
+from fastcl.similarity.fields import Statistics
+from fastcl.similarity.numerics import compute_dtype, matmul_precision_level, row_dot, softplus, unit_rows
+from fastcl.similarity.problem import Problem
+
+# Layouts: what the rows are compared with.
+VIEWS = 0  # both sides of query and positive, stacked, with each other (NT-Xent)
+BATCH = 1  # query with all positives (InfoNCE in-batch)
+PAIRS = 2  # query with all positives and the reverse, averaged (CLIP)
+NEGATIVES = 3  # query with the given negatives (InfoNCE, MoCo)
+
+
+class OnePositive(NamedTuple):
+    """Arguments of one loss, in the order of the op's schema (whose last one says only: mean or sum)."""
+
+    query: Tensor  # (N, D)
+    positive: Tensor  # (N, D)
+    negatives: Tensor | None  # (M, D) with NEGATIVES, else None
+    scale: Tensor  # (), or (N, 1) until with_scaled_rows
+    query_ids: Tensor | None = None  # (N,) int64, with NEGATIVES: negatives of the same id are excluded
+    negative_ids: Tensor | None = None  # (M,) int64
+    layout: int = BATCH
+    normalize: bool = True  # query and positive
+    normalize_negatives: bool = True
+    reduction: str = "mean"
+
+    def in_compute_dtype(self) -> OnePositive:
+        """Query and positive converted once: both enter twice, and their gradients should round once."""
+        dtype = compute_dtype(self.query.dtype)
+        return self._replace(query=anchored(self.query).to(dtype), positive=anchored(self.positive).to(dtype))
+
+    def with_scaled_rows(self) -> OnePositive:
+        """The same loss with the rows' own scales in the queries."""
+        return self._replace(
+            query=unit_rows(self.query, self.normalize) * self.scale.to(compute_dtype(self.query.dtype)),
+            positive=unit_rows(self.positive, self.normalize),
+            scale=torch.ones((), dtype=self.scale.dtype, device=self.scale.device),
+            normalize=False,
+        )
+
+    def problem(self) -> Problem:
+        """The statistics call whose ``lse_neg`` (rows, for PAIRS columns too) the loss is made of."""
+        query, key = self.query, self.positive
+        query_ids, key_ids = self.query_ids, self.negative_ids
+        normalize = self.normalize
+        if self.layout == NEGATIVES:
+            assert self.negatives is not None
+            key = self.negatives
+            if normalize != self.normalize_negatives:
+                query, normalize = unit_rows(query, normalize), False
+                key = unit_rows(key) if self.normalize_negatives else key
+        else:
+            query_ids = key_ids = torch.arange(query.shape[0], device=query.device)
+            if self.layout == VIEWS:
+                query = key = torch.cat([query, key])
+                query_ids = key_ids = query_ids.repeat(2)
+        return Problem(
+            query,
+            key,
+            self.scale,
+            exclude_query=query_ids,
+            exclude_key=key_ids,
+            normalize=normalize,
+            columns=self.layout == PAIRS,
+            symmetric=self.layout == VIEWS,
+            precision=matmul_precision_level(),
+        )
+
+    def losses(self, rows: Statistics, columns: Statistics | None) -> Tensor:
+        """The loss of each row from the statistics of :meth:`problem`."""
+        query, positive = unit_rows(self.query, self.normalize), unit_rows(self.positive, self.normalize)
+        positive_logit = row_dot(query, positive) * self.scale.to(query.dtype)
+        if self.layout == VIEWS:
+            positive_logit = positive_logit.repeat(2)
+        losses = softplus(rows.lse_neg - positive_logit)
+        if columns is not None:
+            losses = 0.5 * (losses + softplus(columns.lse_neg - positive_logit))
+        return losses
+
+
+ONE_POSITIVE_INPUTS = OnePositive._fields.index("query_ids")  # the first ones, which may need a gradient
+ONE_POSITIVE_TENSORS = OnePositive._fields.index("layout")  # before the flags

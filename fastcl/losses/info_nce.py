@@ -1,0 +1,191 @@
+"""InfoNCE: ``softplus(lse_neg - l_pos)``, the cross-entropy of picking each query's positive key.
+
+van den Oord et al. 2018, https://arxiv.org/abs/1807.03748; with a queue of negatives it is MoCo's loss,
+He et al. 2020, https://arxiv.org/abs/1911.05722.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastcl.distributed.gather import group_reduce
+from fastcl.losses._scope import check_scope, loss_of
+from fastcl.losses.families.one_positive import BATCH, NEGATIVES, OnePositive
+from fastcl.memory.queue import NegativeQueue
+from fastcl.similarity.checks import (
+    check_choice,
+    check_matrix,
+    check_pair,
+    check_same,
+    check_same_count,
+    in_one_dtype,
+    inverse_scalar,
+)
+from fastcl.similarity.compiled import anchored
+from fastcl.similarity.numerics import (
+    compute_dtype,
+    inverse_norms,
+    product,
+    reduce,
+    row_dot,
+    softplus,
+    unit_rows,
+    without_autocast,
+)
+from fastcl.similarity.rules import check_ids
+
+
+def info_nce(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | NegativeQueue | None = None,
+    temperature: float | Tensor = 0.1,
+    reduction: str = "mean",
+    negative_mode: str = "unpaired",
+    *,
+    query_ids: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    ring: bool = False,
+) -> Tensor:
+    """InfoNCE: cross-entropy of picking each query's positive key among its negatives.
+
+    A drop-in for ``info_nce.info_nce`` (PyPI ``info-nce-pytorch``): rows are L2-normalized and
+    similarities divided by the temperature. van den Oord et al. 2018, https://arxiv.org/abs/1807.03748.
+
+    Args:
+        query: (N, D), float64, float32, float16 or bfloat16.
+        positive_key: (N, D), same dtype.
+        negative_keys: None: the other queries' positives are the negatives; (M, D) with 'unpaired';
+            (N, M, D) with 'paired'; or a :class:`fastcl.NegativeQueue`, whose keys are used in place: not
+            normalized again, not copied, without gradient, in their own dtype.
+        temperature: a finite non-zero number, or a tensor of one element, which then receives its
+            gradient, or one of shape (N, 1): a temperature per row.
+        reduction: 'mean', 'sum' or 'none'.
+        negative_mode: 'unpaired' or 'paired'.
+        query_ids: (N,) integers; the queue's keys with the same id are excluded.
+        group: a ``torch.distributed`` process group. The loss is that of the whole batch, all ranks' rows in
+            rank order; each rank passes its own, and may pass any number. Without ``negative_keys`` all
+            ranks' positives are negatives; so are all ranks' unpaired ``negative_keys``. Paired ones and a
+            queue (the same on every rank) serve their rank's queries only. All ranks make the same
+            calls, with gradients for the same inputs; second derivatives raise.
+        ring: with ``group``, pass keys from rank to rank instead of gathering them: never more than two
+            ranks' keys in memory, the same result.
+
+    Returns:
+        The loss, () or (N,) with 'none'; float64 for float64 inputs, else float32. With ``group``, 'mean'
+        and 'sum' return the whole batch's loss on every rank and 'none' this rank's rows. Gradients are
+        those of the sum over ranks of what each returned: averaged over ranks, as DistributedDataParallel
+        does, those of 'mean' and 'sum' are one process's on the whole batch.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown mode or reduction, a bad temperature; ``ring``
+            without ``group``; rows not equally wide on all ranks.
+        TypeError: dtypes that are not floating, or differ outside autocast; a ``group`` that is none, or
+            not of this rank.
+        RuntimeError: ``ring`` under the backend 'reference'.
+    """
+    check_choice("negative_mode", negative_mode, ("unpaired", "paired"))
+    check_scope(reduction, group, ring)
+    query, positive_key = check_pair("query", query, "positive_key", positive_key)
+    paired = negative_keys is not None and negative_mode == "paired"
+    if group is not None and (paired or isinstance(negative_keys, NegativeQueue)):
+        own = "none" if reduction == "none" else "sum"
+        losses = info_nce(
+            query, positive_key, negative_keys, temperature, own, negative_mode, query_ids=query_ids
+        )
+        return group_reduce(losses, query.shape[0], reduction, group)
+    scale = inverse_scalar("temperature", temperature, query, per_row=True)
+    if isinstance(negative_keys, NegativeQueue):
+        return _queue_info_nce(query, positive_key, negative_keys, scale, reduction, query_ids)
+    if query_ids is not None:
+        raise ValueError("query_ids excludes negatives by id, but negative_keys carries no ids")
+    if negative_keys is None:
+        args = OnePositive(query, positive_key, None, scale, layout=BATCH, reduction=reduction)
+        return _one_positive(args, group, ring)
+    check_matrix("negative_keys", negative_keys, 3 if paired else 2)
+    check_same("negative_keys", negative_keys, "query", query)
+    if negative_keys.dtype != query.dtype:
+        query, positive_key, negative_keys = in_one_dtype(query, positive_key, negative_keys)
+    if paired:
+        check_same_count("negative_keys", negative_keys, "query", query)
+        return _paired_info_nce(query, positive_key, negative_keys, scale, reduction)
+    args = OnePositive(query, positive_key, negative_keys, scale, layout=NEGATIVES, reduction=reduction)
+    return _one_positive(args, group, ring)
+
+
+class InfoNCE(nn.Module):
+    """:func:`fastcl.info_nce` as a module; a drop-in for ``info_nce.InfoNCE``.
+
+    Args:
+        temperature: as :func:`fastcl.info_nce` takes it.
+        reduction: 'mean', 'sum' or 'none'.
+        negative_mode: 'unpaired' or 'paired'.
+    """
+
+    def __init__(
+        self, temperature: float | Tensor = 0.1, reduction: str = "mean", negative_mode: str = "unpaired"
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.reduction = reduction
+        self.negative_mode = negative_mode
+
+    def forward(
+        self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | NegativeQueue | None = None
+    ) -> Tensor:
+        """The loss of query (N, D) and positive_key (N, D), as :func:`fastcl.info_nce`."""
+        return info_nce(
+            query,
+            positive_key,
+            negative_keys,
+            temperature=self.temperature,
+            reduction=self.reduction,
+            negative_mode=self.negative_mode,
+        )
+
+
+def _one_positive(args: OnePositive, group: dist.ProcessGroup | None = None, ring: bool = False) -> Tensor:
+    return loss_of(args.with_scaled_rows() if args.scale.dim() else args, group, ring)
+
+
+def _queue_info_nce(
+    query: Tensor,
+    positive: Tensor,
+    queue: NegativeQueue,
+    scale: Tensor,
+    reduction: str,
+    query_ids: Tensor | None,
+) -> Tensor:
+    check_same("negative_keys.keys", queue.keys, "query", query, dtype=False)
+    negative_ids = None
+    if query_ids is not None:
+        if queue.ids is None:
+            raise ValueError("query_ids was given, but the queue was made without with_ids=True")
+        query_ids = check_ids("query_ids", query_ids, query)
+        negative_ids = check_ids("negative_keys.ids", queue.ids, queue.keys)
+    args = OnePositive(
+        query,
+        positive,
+        queue.keys,
+        scale,
+        query_ids,
+        negative_ids,
+        layout=NEGATIVES,
+        normalize_negatives=False,
+        reduction=reduction,
+    )
+    return _one_positive(args)
+
+
+def _paired_info_nce(
+    query: Tensor, positive: Tensor, negatives: Tensor, scale: Tensor, reduction: str
+) -> Tensor:
+    """Each row has its own negatives: their logits are D times smaller than the input, plain torch serves."""
+    with without_autocast(query.device):
+        query, positive = unit_rows(anchored(query)), unit_rows(anchored(positive))
+        negatives = anchored(negatives).to(compute_dtype(negatives.dtype))
+        scale = scale.to(query.dtype)
+        dots = product(negatives, query[:, :, None]).squeeze(-1)  # [N, M]
+        lse_neg = (scale * dots * inverse_norms(negatives).squeeze(-1)).logsumexp(dim=1)
+        return reduce(softplus(lse_neg - scale.flatten() * row_dot(query, positive)), reduction)

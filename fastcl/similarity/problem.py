@@ -1,0 +1,137 @@
+"""What a statistics call is made of, and the chain rule every backend shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastcl.similarity.numerics import compute_dtype, inverse_norms, row_dot, unit_rows_backward
+
+
+class Problem(NamedTuple):
+    """Arguments of one statistics call, in the order of the ops' schemas.
+
+    ``positive_table`` (B, B) bool, where given, replaces the equality test of the positive-ids: a
+    pair is positive iff ``positive_table[positive_query[i], positive_key[j]]``.
+    ``symmetric`` promises that key is query, with the same ids and no key bias or scale.
+    """
+
+    query: Tensor  # (N, D)
+    key: Tensor  # (M, D)
+    scale: Tensor  # ()
+    key_bias: Tensor | None = None  # (M,)
+    key_scale: Tensor | None = None  # (M,)
+    positive_query: Tensor | None = None  # (N,) int64
+    positive_key: Tensor | None = None  # (M,) int64
+    positive_table: Tensor | None = None  # (B, B) bool
+    exclude_query: Tensor | None = None  # (N,) int64
+    exclude_key: Tensor | None = None  # (M,) int64
+    normalize: bool = False
+    columns: bool = False
+    symmetric: bool = False
+    precision: int = 0  # of float32 products, as matmul_precision_level: of the backward pass too
+
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """Those that may need a gradient, in the order of :class:`Needs`."""
+        return self.query, self.key, self.scale, self.key_bias, self.key_scale
+
+
+PROBLEM_FIELDS = len(Problem._fields)
+PROBLEM_TENSORS = Problem._fields.index("normalize")  # before the flags
+
+
+class TopK(NamedTuple):
+    """Arguments of one top-k call, in the order of the op's schema."""
+
+    query: Tensor  # (N, D)
+    key: Tensor  # (M, D)
+    k: int
+    exclude_query: Tensor | None = None  # (N,) int64
+    exclude_key: Tensor | None = None  # (M,) int64
+    normalize: bool = False
+
+
+class Needs(NamedTuple):
+    """Which inputs of a problem, its first ones, need a gradient."""
+
+    query: bool
+    key: bool
+    scale: bool
+    key_bias: bool
+    key_scale: bool
+
+
+PROBLEM_INPUTS = len(Needs._fields)  # that may need a gradient
+
+
+class PairGradients(NamedTuple):
+    """Sums of the logit gradients ``dl`` (N, M) against unit rows; what a backend's backward returns.
+
+    For a symmetric problem ``query`` holds both roles' sum and ``key`` is None.
+    """
+
+    query: Tensor | None  # (N, D): sum_j dl_ij * key_scale_j * y_j
+    key: Tensor | None  # (M, D): sum_i dl_ij * x_i
+    bias: Tensor | None  # (M,): sum_i dl_ij
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Unit rows in the compute dtype, and what is needed to differentiate through them."""
+
+    query: Tensor  # (N, D)
+    key: Tensor  # (M, D)
+    query_inverse: Tensor | None  # (N, 1), None without normalization
+    key_inverse: Tensor | None  # (M, 1)
+
+
+def prepare(problem: Problem) -> Prepared:
+    """Unit rows of both sides; no copy where rows are used as they are."""
+    dtype = compute_dtype(problem.query.dtype)  # of the query: a queue's keys may have another
+
+    def rows(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        x = x.to(dtype)
+        if not problem.normalize:
+            return x, None
+        inverse = inverse_norms(x)
+        return x * inverse, inverse
+
+    query, query_inverse = rows(problem.query)
+    if problem.symmetric:
+        return Prepared(query, query, query_inverse, query_inverse)
+    key, key_inverse = rows(problem.key)
+    return Prepared(query, key, query_inverse, key_inverse)
+
+
+def input_gradients(
+    problem: Problem, prepared: Prepared, pairs: PairGradients, needs: Needs
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, scale, key_bias and key_scale from the pair gradients: O(N D)."""
+    scale = problem.scale.to(prepared.query.dtype)
+
+    def side(x: Tensor, unit: Tensor, inverse: Tensor | None, grad_unit: Tensor) -> Tensor:
+        grad = grad_unit if inverse is None else unit_rows_backward(grad_unit, unit, inverse)
+        return grad.to(x.dtype).contiguous()
+
+    grad_query = grad_key = grad_scale = grad_bias = grad_key_scale = None
+    if needs.query and pairs.query is not None:
+        grad_query = side(problem.query, prepared.query, prepared.query_inverse, pairs.query * scale)
+    if needs.key and pairs.key is not None:
+        factor = scale if problem.key_scale is None else scale * problem.key_scale.to(scale.dtype)[:, None]
+        grad_key = side(problem.key, prepared.key, prepared.key_inverse, pairs.key * factor)
+    if needs.scale and pairs.query is not None:
+        total = row_dot(prepared.query.double(), pairs.query).sum().to(problem.scale.dtype)
+        grad_scale = total * 0.5 if problem.symmetric else total
+    if needs.key_bias and problem.key_bias is not None and pairs.bias is not None:
+        grad_bias = pairs.bias.to(problem.key_bias.dtype)
+    if needs.key_scale and problem.key_scale is not None and pairs.key is not None:
+        grad_key_scale = (row_dot(prepared.key.double(), pairs.key) * scale).to(problem.key_scale.dtype)
+    return grad_query, grad_key, grad_scale, grad_bias, grad_key_scale
+
+
+def wanted_pairs(problem: Problem, needs: Needs) -> tuple[bool, bool, bool]:
+    """Which of the pair gradients (query, key, bias) the needed input gradients are made from."""
+    query = needs.query or needs.scale or (problem.symmetric and needs.key)
+    return query, not problem.symmetric and (needs.key or needs.key_scale), needs.key_bias

@@ -1,0 +1,125 @@
+"""Similarity statistics: the few numbers per row that losses are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastcl.ops import calls
+from fastcl.similarity.checks import check_matrix, check_same, check_vector, in_one_dtype, scalar
+from fastcl.similarity.numerics import logaddexp, matmul_precision_level
+from fastcl.similarity.problem import Problem
+from fastcl.similarity.rules import ALL_NEGATIVE, PairRule, check_rule
+
+
+@dataclass(frozen=True, eq=False)
+class SimilarityStats:
+    """Statistics of each row of a similarity matrix, all of shape (N,).
+
+    Values are float64 for float64 inputs and float32 for all others.
+
+    Attributes:
+        lse_neg: log-sum-exp of the logits over negatives; -inf (zero gradient) without any.
+        lse_pos: the same over positives.
+        pos_sum: sum of the logits over positives; 0 without any.
+        pos_count: number of positives; carries no gradient.
+        max_neg: largest logit over negatives; -inf without any; carries no gradient.
+        columns: the same statistics per key, shape (M,), or None.
+    """
+
+    lse_neg: Tensor
+    lse_pos: Tensor
+    pos_sum: Tensor
+    pos_count: Tensor
+    max_neg: Tensor
+    columns: SimilarityStats | None = None
+
+    def merge(self, other: SimilarityStats) -> SimilarityStats:
+        """Statistics over the union of two disjoint key sets, for the same queries.
+
+        Raises:
+            ValueError: different row counts, or either side carries column statistics.
+        """
+        if self.columns is not None or other.columns is not None:
+            raise ValueError("statistics with columns cannot be merged: their key sets differ")
+        if self.lse_neg.shape != other.lse_neg.shape:
+            raise ValueError(
+                "statistics to merge must have the same number of rows, got shapes "
+                f"{tuple(self.lse_neg.shape)} and {tuple(other.lse_neg.shape)}"
+            )
+        return SimilarityStats(
+            lse_neg=logaddexp(self.lse_neg, other.lse_neg),
+            lse_pos=logaddexp(self.lse_pos, other.lse_pos),
+            pos_sum=self.pos_sum + other.pos_sum,
+            pos_count=self.pos_count + other.pos_count,
+            max_neg=torch.maximum(self.max_neg, other.max_neg),
+        )
+
+
+def similarity_stats(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    rule: PairRule = ALL_NEGATIVE,
+    normalize: bool = False,
+    key_bias: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    columns: bool = False,
+    backend: str = "auto",
+) -> SimilarityStats:
+    """Statistics of the logits ``scale * key_scale[j] * <query[i], key[j]> + key_bias[j]``.
+
+    The (N, M) matrix is never stored (but by the 'reference' backend). Gradients reach query, key,
+    scale, key_bias and key_scale; pass ``key=query`` itself, with the same id tensors on both sides
+    of the rule, and the symmetric kernels do half the work.
+
+    Args:
+        query: (N, D), float64, float32, float16 or bfloat16.
+        key: (M, D), same dtype.
+        scale: a finite number, or a tensor of one element.
+        rule: which pairs are excluded, positive and negative; by default all are negative.
+        normalize: divide rows by their L2 norm first (a zero row stays zero).
+        key_bias: (M,), added to the logits of each key.
+        key_scale: (M,), multiplies the similarities of each key.
+        columns: also return the statistics of each key over the queries.
+        backend: 'auto', or a name as in :func:`fastcl.use_backend`.
+
+    Returns:
+        :class:`SimilarityStats` of shape (N,), float64 for float64 inputs, else float32.
+
+    Raises:
+        TypeError: dtypes that are not floating, or differ outside autocast.
+        ValueError: shapes or devices that do not fit; a scale that is not finite.
+        RuntimeError: a backend asked for by name that cannot serve the call.
+    """
+    check_matrix("query", query)
+    check_matrix("key", key)
+    check_same("key", key, "query", query)
+    if key.dtype != query.dtype:
+        query, key = in_one_dtype(query, key)
+    for name, vector in (("key_bias", key_bias), ("key_scale", key_scale)):
+        if vector is not None:
+            check_vector(name, vector, key)
+    check_rule(rule, query, key)
+    symmetric = query is key and key_bias is None and key_scale is None and rule.is_symmetric()
+    positive, exclude = rule.positive or (None, None), rule.exclude or (None, None)
+    problem = Problem(
+        query,
+        key,
+        scalar("scale", scale, query),
+        key_bias,
+        key_scale,
+        positive_query=positive[0],
+        positive_key=positive[1],
+        exclude_query=exclude[0],
+        exclude_key=exclude[1],
+        normalize=normalize,
+        columns=columns and not symmetric,
+        symmetric=symmetric,
+        precision=matmul_precision_level(),
+    )
+    of_rows, of_columns = calls.statistics(problem, columns, backend)
+    return SimilarityStats(*of_rows, columns=None if of_columns is None else SimilarityStats(*of_columns))

@@ -107,6 +107,7 @@ def build_rules(folder, library, with_cuda):
     # the slowest first
     builds.sort(key=lambda build: build[1] not in ISA_SOURCES)
     lines = [
+        f"builddir = {folder}",
         f"cxxflags = {' '.join([*CXX_FLAGS, *includes])}",
         f"rule cxx\n  command = {CXX} $cxxflags $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = $in $flags",

@@ -33,34 +33,60 @@ Input input_of(const Tensor& x) {
   return {x.const_data_ptr(), dtype_of(x), x.stride(0), x.size(0), x.size(1)};
 }
 
+// The rule of a call, as Python gives it: in a list, two tensors of ids or one mask for each set.
+struct RuleArguments {
+  std::vector<Tensor> exclude, positive, only;
+  OptionalTensor within_query, within_key, exclude_keys;
+};
+
 // Keeps what the arguments of a statistics op point into.
 struct StatsCall {
   Tensor query, key;
-  OptionalTensor kept[6];  // key scale and bias, ids
+  std::vector<Tensor> kept;
   SimilarityCall call;
 
   StatsCall(const Tensor& x, const Tensor& y, const OptionalTensor& scale, const OptionalTensor& key_scale,
-            const OptionalTensor& bias2, const OptionalTensor& exclude_query,
-            const OptionalTensor& exclude_key, const OptionalTensor& positive_query,
-            const OptionalTensor& positive_key, bool normalize, bool symmetric, int64_t precision,
-            bool columns)
+            const OptionalTensor& bias2, const RuleArguments& rule, bool normalize, bool symmetric,
+            int64_t precision, bool columns)
       : query(row_contiguous(x)), key(symmetric ? query : row_contiguous(y)) {
-    const OptionalTensor* given[] = {&key_scale,   &bias2,          &exclude_query,
-                                     &exclude_key, &positive_query, &positive_key};
-    for (int i = 0; i < 6; i++)
-      if (*given[i]) kept[i] = torch::stable::contiguous(**given[i]);
-    auto data = [&](int i) { return kept[i] ? kept[i]->const_data_ptr() : nullptr; };
     call = {input_of(query),
             input_of(key),
             scale ? *static_cast<const double*>(scale->const_data_ptr()) : 1.0,
-            data(0),
-            data(1),
-            {ids_of(kept[3]), ids_of(kept[2])},
-            {ids_of(kept[5]), ids_of(kept[4])},
+            key_scale ? data(*key_scale) : nullptr,
+            bias2 ? data(*bias2) : nullptr,
+            {sets(rule.exclude), sets(rule.positive), sets(rule.only), {}, nullptr, 0},
             normalize,
             symmetric,
             columns,
             static_cast<Precision>(precision)};
+    if (rule.within_query) call.rule.within = ids(*rule.within_key, *rule.within_query);
+    if (rule.exclude_keys) {
+      call.rule.exclude_keys = static_cast<const int64_t*>(data(*rule.exclude_keys));
+      call.rule.excluded_per_query = rule.exclude_keys->size(1);
+    }
+  }
+
+ private:
+  const void* data(const Tensor& x) {
+    kept.push_back(torch::stable::contiguous(x));
+    return kept.back().const_data_ptr();
+  }
+  Ids ids(const Tensor& of_keys, const Tensor& of_queries) {
+    return {static_cast<const int64_t*>(data(of_keys)), static_cast<const int64_t*>(data(of_queries))};
+  }
+  PairSets sets(const std::vector<Tensor>& given) {
+    PairSets result;
+    for (size_t i = 0; i < given.size(); i++) {
+      const Tensor& x = given[i];
+      if (x.dim() == 1) {
+        result.ids.push_back(ids(given[++i], x));
+      } else {
+        kept.push_back(x);
+        result.masks.push_back({static_cast<const uint8_t*>(x.const_data_ptr()), x.size(0), x.size(1),
+                                x.stride(0), x.stride(1)});
+      }
+    }
+    return result;
   }
 };
 
@@ -69,11 +95,12 @@ ScalarType compute_type(const Tensor& x) { return is_double(x) ? ScalarType::Dou
 using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 FiveTensors stats_forward(Tensor query, Tensor key, Tensor scale, OptionalTensor key_scale,
-                          OptionalTensor bias2, OptionalTensor exclude_query, OptionalTensor exclude_key,
-                          OptionalTensor positive_query, OptionalTensor positive_key, bool normalize,
-                          bool symmetric, int64_t precision, bool columns, bool weighted) {
-  const StatsCall args(query, key, scale, key_scale, bias2, exclude_query, exclude_key, positive_query,
-                       positive_key, normalize, symmetric, precision, columns);
+                          OptionalTensor bias2, std::vector<Tensor> exclude, std::vector<Tensor> positive,
+                          OptionalTensor within_query, OptionalTensor within_key, OptionalTensor exclude_keys,
+                          bool normalize, bool symmetric, int64_t precision, bool columns, bool weighted) {
+  const StatsCall args(query, key, scale, key_scale, bias2,
+                       {exclude, positive, {}, within_query, within_key, exclude_keys}, normalize, symmetric,
+                       precision, columns);
   const int64_t n = query.size(0), m = columns ? key.size(0) : 0;
   auto output = [&](int64_t rows, int64_t width) {
     return torch::stable::new_empty(query, {rows, width}, compute_type(query));
@@ -92,12 +119,14 @@ FiveTensors stats_forward(Tensor query, Tensor key, Tensor scale, OptionalTensor
 }
 
 FiveTensors stats_backward(Tensor query, Tensor key, Tensor scale, OptionalTensor key_scale,
-                           OptionalTensor bias2, OptionalTensor exclude_query, OptionalTensor exclude_key,
-                           OptionalTensor positive_query, OptionalTensor positive_key, bool normalize,
-                           bool symmetric, int64_t precision, bool columns, Tensor grad_rows,
-                           Tensor row_state, Tensor grad_columns, Tensor column_state, int64_t needs) {
-  const StatsCall args(query, key, scale, key_scale, bias2, exclude_query, exclude_key, positive_query,
-                       positive_key, normalize, symmetric, precision, columns);
+                           OptionalTensor bias2, std::vector<Tensor> exclude, std::vector<Tensor> positive,
+                           OptionalTensor within_query, OptionalTensor within_key,
+                           OptionalTensor exclude_keys, bool normalize, bool symmetric, int64_t precision,
+                           bool columns, Tensor grad_rows, Tensor row_state, Tensor grad_columns,
+                           Tensor column_state, int64_t needs) {
+  const StatsCall args(query, key, scale, key_scale, bias2,
+                       {exclude, positive, {}, within_query, within_key, exclude_keys}, normalize, symmetric,
+                       precision, columns);
   const ScalarType dtype = compute_type(query);
   const Tensor keys = torch::stable::new_empty(query, {needs & 24 ? key.size(0) : 0}, dtype);
   const Tensor grad_query = output_like(query, query, dtype, needs & 1),
@@ -180,16 +209,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sup_con_op(Tensor query, OptionalTens
   return {loss, grad_query, grad_key, grad_scale};
 }
 
-std::tuple<Tensor, Tensor> topk_op(Tensor query, Tensor key, int64_t k, OptionalTensor exclude_query,
-                                   OptionalTensor exclude_key, bool normalize) {
-  const StatsCall args(query, key, std::nullopt, {}, {}, exclude_query, exclude_key, {}, {}, normalize, false,
-                       0, false);
+std::tuple<Tensor, Tensor> topk_op(Tensor query, Tensor key, int64_t k, std::vector<Tensor> exclude,
+                                   std::vector<Tensor> only, OptionalTensor within_query,
+                                   OptionalTensor within_key, OptionalTensor exclude_keys,
+                                   OptionalTensor below, bool largest, bool normalize) {
+  const StatsCall args(query, key, {}, {}, {}, {exclude, {}, only, within_query, within_key, exclude_keys},
+                       normalize, false, 0, false);
+  if (below) below = torch::stable::contiguous(*below);
   const Tensor values = torch::stable::new_empty(query, {query.size(0), k}, compute_type(query)),
                indices = torch::stable::new_empty(query, {query.size(0), k}, ScalarType::Long);
   auto run = [&](auto zero) {
     using T = decltype(zero);
-    similarity_topk<T>(args.call, k, static_cast<T*>(values.mutable_data_ptr()),
-                       static_cast<int64_t*>(indices.mutable_data_ptr()));
+    similarity_topk<T>(
+        args.call, k, largest, below ? static_cast<const T*>(below->const_data_ptr()) : nullptr,
+        static_cast<T*>(values.mutable_data_ptr()), static_cast<int64_t*>(indices.mutable_data_ptr()));
   };
   is_double(query) ? run(0.0) : run(0.0f);
   return {values, indices};
@@ -247,16 +280,17 @@ void force_isa_op(int64_t level) { force_isa(static_cast<Isa>(level)); }
 
 STABLE_TORCH_LIBRARY(fastcl_native, m) {
   const std::string problem =
-      "(Tensor query, Tensor key, Tensor scale, Tensor? key_scale, Tensor? bias2, Tensor? exclude_query, "
-      "Tensor? exclude_key, Tensor? positive_query, Tensor? positive_key, bool normalize, bool symmetric, "
-      "int precision, bool columns";
+      "(Tensor query, Tensor key, Tensor scale, Tensor? key_scale, Tensor? bias2, Tensor[] exclude, "
+      "Tensor[] positive, Tensor? within_query, Tensor? within_key, Tensor? exclude_keys, bool normalize, "
+      "bool symmetric, int precision, bool columns";
   const std::string five = ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
   m.def(("stats_forward" + problem + ", bool weighted" + five).c_str());
   m.def(("stats_backward" + problem +
          ", Tensor grad_rows, Tensor row_state, Tensor grad_columns, Tensor column_state, int needs" + five)
             .c_str());
   m.def(
-      "topk(Tensor query, Tensor key, int k, Tensor? exclude_query, Tensor? exclude_key, bool normalize) -> "
+      "topk(Tensor query, Tensor key, int k, Tensor[] exclude, Tensor[] only, Tensor? within_query, "
+      "Tensor? within_key, Tensor? exclude_keys, Tensor? below, bool largest, bool normalize) -> "
       "(Tensor, Tensor)");
   m.def(
       "mochi(Tensor query, Tensor positive, Tensor keys, Tensor scale, Tensor first, Tensor second, Tensor "

@@ -49,7 +49,7 @@ def topk(args: TopK) -> tuple[Tensor, Tensor]:
     """As :func:`fastcl.backends.chunked.topk`: kernels rank, the library's selection picks."""
     ready = launch.unit_rows if args.normalize else launch.given_rows
     query_ids, key_ids = (
-        None if ids is None else ids.contiguous() for ids in (args.exclude_query, args.exclude_key)
+        None if ids is None else ids.contiguous() for ids in (args.simple_exclude() or (None, None))
     )
     query, key = ready(args.query).side(exclude=query_ids), ready(args.key).side(exclude=key_ids)
     return _select(query, key, args.k)

@@ -25,15 +25,14 @@ class Request:
 
     device: torch.device
     dtype: torch.dtype
-    dense_mask: bool = False
+    simple_rule: bool = True  # one test of ids each for the excluded and the positives
     loss: WholeLoss | None = None  # where a loss is asked for that a backend may compute as a whole
     enqueue: bool = False  # where a queue's step is
     mochi: Mochi | None = None  # where MoCHi's loss is
 
     @classmethod
     def of_loss(cls, args: WholeLoss) -> Request:
-        dense_mask = isinstance(args, ManyPositives) and args.positive_table is not None
-        return cls(args.query.device, args.query.dtype, dense_mask, args)
+        return cls(args.query.device, args.query.dtype, args.has_op, args)
 
     @classmethod
     def of_enqueue(cls, x: Tensor) -> Request:
@@ -44,8 +43,8 @@ class Request:
         return cls(args.query.device, args.query.dtype, mochi=args)
 
     @classmethod
-    def of(cls, x: Tensor, dense_mask: bool = False) -> Request:
-        return cls(x.device, x.dtype, dense_mask)
+    def of(cls, x: Tensor, simple_rule: bool = True) -> Request:
+        return cls(x.device, x.dtype, simple_rule)
 
 
 def _anything(request: Request) -> list[str]:
@@ -92,4 +91,4 @@ class Backend:
 
     def serves_whole(self, loss: WholeLoss) -> bool:
         """Whether one op is all of ``loss``, which must be reduced then."""
-        return loss.reduction != "none" and isinstance(loss, self.whole_losses)
+        return loss.reduction != "none" and loss.has_op and isinstance(loss, self.whole_losses)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcl.backends.base import Backend
-from fastcl.backends.reference import enqueue, pair_masks
+from fastcl.backends.reference import best, enqueue, excluded_pairs, pair_masks
 from fastcl.losses.families.mochi import Mochi
 from fastcl.losses.families.one_positive import NEGATIVES, OnePositive
 from fastcl.similarity.fields import (
@@ -141,25 +141,14 @@ def statistics(state: Tensor, positive_sums: Tensor) -> Tensor:
 
 
 def topk(args: TopK) -> tuple[Tensor, Tensor]:
-    """Streaming top-k: the best k so far are merged with each tile of keys by a stable sort."""
-    query, key, k = unit_rows(args.query, args.normalize), args.key, args.k
-    values = query.new_full((query.shape[0], k), -torch.inf)
-    indices = torch.full(values.shape, -1, dtype=torch.int64, device=query.device)
-    width = max(1024, 2 * k)
-    for keys in (slice(s, s + width) for s in range(0, key.shape[0], width)):
-        tile_keys = unit_rows(key[keys], args.normalize)
-        tile_indices = torch.arange(key.shape[0], device=query.device)[keys]
-        for rows in row_chunks(query.shape[0], width):
-            similarity = product(query[rows], tile_keys.T)
-            if args.exclude_query is not None and args.exclude_key is not None:
-                excluded = args.exclude_query[rows, None] == args.exclude_key[None, keys]
-                similarity = similarity.masked_fill(excluded, -torch.inf)
-            candidates = torch.cat([values[rows], similarity], dim=1)
-            positions = torch.cat([indices[rows], tile_indices.expand_as(similarity)], dim=1)
-            best, order = candidates.sort(dim=1, descending=True, stable=True)
-            values[rows] = best[:, :k]
-            indices[rows] = positions.gather(1, order[:, :k])
-    return values, indices.masked_fill(values == -torch.inf, -1)
+    """The best of the similarities of a chunk of rows with all keys, by a stable sort."""
+    query, key = unit_rows(args.query, args.normalize), unit_rows(args.key, args.normalize)
+    values = query.new_empty(query.shape[0], args.k)
+    indices = torch.empty(values.shape, dtype=torch.int64, device=query.device)
+    for rows in row_chunks(query.shape[0], key.shape[0]):
+        similarity = product(query[rows], key.T)
+        values[rows], indices[rows] = best(similarity, excluded_pairs(args, similarity, rows), args)
+    return values, indices
 
 
 def mochi(args: Mochi) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -21,8 +21,6 @@ def unsupported_reasons(request: Request) -> list[str]:
     reasons = []
     if request.device.type != "cpu":
         reasons.append(f"inputs are on {request.device}, it takes CPU tensors")
-    if request.dense_mask:
-        reasons.append("a dense mask is served by 'chunked' only")
     return reasons
 
 
@@ -77,7 +75,11 @@ def _row_contiguous(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def _native_problem(problem: Problem) -> tuple[Tensor | int | None, ...]:
+def _given(*ids: Tensor | None) -> list[Tensor]:
+    return [x for x in ids if x is not None]
+
+
+def _native_problem(problem: Problem) -> tuple[Tensor | int | list[Tensor] | None, ...]:
     dtype = compute_dtype(problem.query.dtype)
     key_scale, bias = problem.key_scale, problem.key_bias
     return (
@@ -86,10 +88,11 @@ def _native_problem(problem: Problem) -> tuple[Tensor | int | None, ...]:
         problem.scale,
         None if key_scale is None else key_scale.to(dtype),
         None if bias is None else bias.to(dtype) * LOG2E,
-        problem.exclude_query,
-        problem.exclude_key,
-        problem.positive_query,
-        problem.positive_key,
+        [*_given(problem.exclude_query, problem.exclude_key), *problem.exclude_more],
+        [*_given(problem.positive_query, problem.positive_key), *problem.positive_more],
+        problem.within_query,
+        problem.within_key,
+        problem.exclude_keys,
         problem.normalize,
         problem.symmetric,
         problem.precision,

@@ -42,7 +42,7 @@ def unsupported_reasons(request: Request) -> list[str]:
         reasons.append(f"inputs are on {request.device}, it takes CUDA tensors")
     if request.dtype == torch.float64:
         reasons.append("it takes float32, float16 and bfloat16, not float64")
-    if request.dense_mask:
+    if not request.simple_rule:
         reasons.append("a dense mask is served by 'chunked' only")
     negatives = loss.negatives if isinstance(loss, OnePositive) else None
     if negatives is not None and negatives.dtype != request.dtype:

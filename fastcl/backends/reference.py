@@ -5,6 +5,8 @@ Every other backend is tested against this one in float64. It also serves second
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,21 +22,59 @@ from fastcl.similarity.numerics import (
     without_autocast,
 )
 from fastcl.similarity.problem import Problem, TopK
+from fastcl.similarity.rules import PairSets, unflattened
 
 
 def pair_masks(problem: Problem, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
     """Boolean masks (negative, positive) of the pairs in ``rows`` x all keys."""
-    shape = (problem.query[rows].shape[0], problem.key.shape[0])
-    included = torch.ones(shape, dtype=torch.bool, device=problem.query.device)
-    if problem.exclude_query is not None and problem.exclude_key is not None:
-        included = problem.exclude_query[rows, None] != problem.exclude_key[None, :]
-    if problem.positive_query is None or problem.positive_key is None:
-        return included, torch.zeros_like(included)
-    if problem.positive_table is not None:
-        positive = problem.positive_table[problem.positive_query[rows]][:, problem.positive_key]
-    else:
-        positive = problem.positive_query[rows, None] == problem.positive_key[None, :]
+    counts = (problem.query.shape[0], problem.key.shape[0])
+    exclude = _with_ids(problem.exclude_more, problem.exclude_query, problem.exclude_key)
+    excluded = members(exclude, counts, rows, problem.query.device)
+    kept = candidates(problem.within_query, problem.within_key, problem.exclude_keys, excluded, rows)
+    included = kept & ~excluded
+    positives = _with_ids(problem.positive_more, problem.positive_query, problem.positive_key)
+    positive = members(positives, counts, rows, problem.query.device)
     return included & ~positive, included & positive
+
+
+def _with_ids(more: Sequence[Tensor], query: Tensor | None, key: Tensor | None) -> PairSets:
+    sets = unflattened(more)
+    return sets if query is None or key is None else ((query, key), *sets)
+
+
+def members(sets: PairSets, counts: tuple[int, int], rows: slice, device: torch.device) -> Tensor:
+    """Which pairs of ``rows`` x all keys are in any of the sets; ``counts`` are all rows' and keys'."""
+    own = torch.arange(counts[0], device=device)[rows]
+    found = torch.zeros(own.shape[0], counts[1], dtype=torch.bool, device=device)
+    for pairs in sets:
+        if isinstance(pairs, tuple):
+            found = found | (pairs[0][rows, None] == pairs[1][None, :])
+        elif pairs.shape == counts:
+            found = found | pairs[rows]
+        else:  # it repeats
+            keys = torch.arange(counts[1], device=device) % pairs.shape[1]
+            found = found | pairs[own % pairs.shape[0]][:, keys]
+    return found
+
+
+def candidates(
+    within_query: Tensor | None,
+    within_key: Tensor | None,
+    exclude_keys: Tensor | None,
+    pairs: Tensor,
+    rows: slice,
+) -> Tensor:
+    """Which of ``pairs``, a matrix (rows, M), have equal within-ids and are not in ``exclude_keys``."""
+    kept = torch.ones_like(pairs)
+    if within_query is not None and within_key is not None:
+        kept = within_query[rows, None] == within_key[None, :]
+    if exclude_keys is not None:
+        own = exclude_keys[rows]
+        # padding goes to a column of its own
+        named = torch.nn.functional.pad(torch.zeros_like(pairs), (0, 1))
+        named = named.scatter(1, own.where(own >= 0, pairs.shape[1]), True)
+        kept = kept & ~named[:, :-1]
+    return kept
 
 
 def logits(problem: Problem) -> Tensor:
@@ -79,13 +119,28 @@ def topk(args: TopK) -> tuple[Tensor, Tensor]:
     """The k most similar keys of each query, ties to the lower index, padded with -inf and -1."""
     with without_autocast(args.query.device):
         similarity = product(unit_rows(args.query, args.normalize), unit_rows(args.key, args.normalize).T)
-    if args.exclude_query is not None and args.exclude_key is not None:
-        excluded = args.exclude_query[:, None] == args.exclude_key[None, :]
-        similarity = similarity.masked_fill(excluded, -torch.inf)
-    similarity = torch.nn.functional.pad(similarity, (0, args.k), value=-torch.inf)
-    values, indices = similarity.sort(dim=1, descending=True, stable=True)
+        return best(similarity, excluded_pairs(args, similarity), args)
+
+
+def excluded_pairs(args: TopK, similarity: Tensor, rows: slice = slice(None)) -> Tensor:
+    """Which pairs of ``rows`` x all keys, whose similarities these are, are no candidates."""
+    counts = (args.query.shape[0], args.key.shape[0])
+    excluded = members(unflattened(args.exclude), counts, rows, similarity.device)
+    if args.only:
+        excluded = excluded | ~members(unflattened(args.only), counts, rows, similarity.device)
+    excluded = excluded | ~candidates(args.within_query, args.within_key, args.exclude_keys, excluded, rows)
+    return excluded if args.below is None else excluded | (similarity >= args.below[rows, None])
+
+
+def best(similarity: Tensor, excluded: Tensor, args: TopK) -> tuple[Tensor, Tensor]:
+    """The k best of each row: values and indices, padded."""
+    nothing = -torch.inf if args.largest else torch.inf
+    similarity = torch.nn.functional.pad(
+        similarity.masked_fill(excluded, nothing), (0, args.k), value=nothing
+    )
+    values, indices = similarity.sort(dim=1, descending=args.largest, stable=True)
     values, indices = values[:, : args.k].contiguous(), indices[:, : args.k].contiguous()
-    return values, indices.masked_fill(values == -torch.inf, -1)
+    return values, indices.masked_fill(values == nothing, -1)
 
 
 def enqueue(

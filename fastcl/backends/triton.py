@@ -39,8 +39,10 @@ def unsupported_reasons(request: Request) -> list[str]:
         reasons.append(f"inputs are on {request.device}, it takes {wanted} tensors")
     if request.dtype == torch.float64:
         reasons.append("float64 is served by 'chunked' on a GPU")
-    if request.dense_mask:
-        reasons.append("a dense mask is served by 'chunked' only")
+    if not request.simple_rule:
+        reasons.append(
+            "masks, lists of pair sets, within, exclude_keys and their like are served by 'chunked'"
+        )
     return reasons
 
 
@@ -94,7 +96,7 @@ BACKEND = Backend(
     missing=missing_reason,
     unsupported_reasons=unsupported_reasons,
     whole_losses=(OnePositive,),
-    note="float64 and dense masks go to 'chunked'; its speed is not measured yet",
+    note="float64, masks and lists of pair sets go to 'chunked'; its speed is not measured yet",
     stats_forward=_stats_forward,
     stats_backward=_stats_backward,
     topk=_topk,

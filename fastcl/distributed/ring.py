@@ -127,6 +127,7 @@ class _RingStats(torch.autograd.Function):
         carried = ring.travel(Shard.of(problem), carried, visit)
         columns = rows.new_empty(RUNNING, 0) if carried is None else carried.T
         states = rows[RUNNING_STATE], columns[RUNNING_STATE]
+        assert problem.has_simple_rule()
         ctx.save_for_backward(*problem[:PROBLEM_TENSORS], *states)
         ctx.ring, ctx.backend, ctx.flags = ring, backend, problem[PROBLEM_TENSORS:]
         return statistics(states[0], rows[RUNNING_SUMS]), statistics(states[1], columns[RUNNING_SUMS])

@@ -59,7 +59,7 @@ def sup_con(
             temperature; (N, D) without labels and mask; on the CPU, a mask with values other than 0 and 1;
             and as :func:`fastcl.info_nce`.
         TypeError: features that are not floating; labels that are not integers.
-        RuntimeError: a mask under a backend other than 'chunked' and 'reference'.
+        RuntimeError: a mask under a backend that takes none.
     """
     check_choice("contrast_mode", contrast_mode, ("all", "one"))
     check_choice("variant", variant, ("out", "in"))
@@ -146,7 +146,7 @@ def _arguments(
     table = None
     sample_ids = torch.arange(samples, device=features.device)
     if mask is not None:
-        table = _positive_table(mask, samples, features)
+        table = _positive_mask(mask, samples, features)
     elif labels is not None:
         if isinstance(labels, Tensor) and labels.dim() == 1 and labels.shape[0] != samples:
             raise ValueError(
@@ -156,13 +156,13 @@ def _arguments(
         sample_ids = check_ids("labels", labels, features)
     every_id = sample_ids.repeat(views)
     if contrast_mode == "all" or views == 1:
-        return ManyPositives(rows, None, scale, every_id, positive_table=table, **options)
+        return ManyPositives(rows, None, scale, every_id, positive_mask=table, **options)
     anchors = rows[:samples]
     anchor_ids = every_id[:samples]
-    return ManyPositives(anchors, rows, scale, anchor_ids, every_id, positive_table=table, **options)
+    return ManyPositives(anchors, rows, scale, anchor_ids, every_id, positive_mask=table, **options)
 
 
-def _positive_table(mask: Tensor, samples: int, features: Tensor) -> Tensor:
+def _positive_mask(mask: Tensor, samples: int, features: Tensor) -> Tensor:
     if not isinstance(mask, Tensor) or mask.shape != (samples, samples):
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(

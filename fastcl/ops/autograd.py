@@ -27,30 +27,38 @@ from fastcl.similarity.problem import (
 )
 from fastcl.similarity.transforms import refuse_tangents
 
+_OF_KEYS = ("key", "exclude_key", "within_key")  # tensors of a problem that may be a queue's
+
 
 def save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     problem, (weighted_keys, backend) = Problem(*inputs[:PROBLEM_FIELDS]), inputs[PROBLEM_FIELDS:]
     _, row_state, _, column_state, weighted = output
     ctx.mark_non_differentiable(row_state, column_state, weighted)
-    tensors = list(problem[:PROBLEM_TENSORS])
-    ctx.frozen = tuple(_Frozen(x if weighted_keys else None) for x in (problem.key, problem.exclude_key))
-    if weighted_keys:
-        tensors[1] = tensors[-1] = None
-    ctx.save_for_backward(*tensors, row_state, column_state, weighted)
-    ctx.flags, ctx.backend, ctx.weighted_keys = problem[PROBLEM_TENSORS:], backend, weighted_keys
+    frozen = _OF_KEYS if weighted_keys else ()  # the backward pass needs neither them nor their values then
+    ctx.frozen = [(name, _Frozen(getattr(problem, name))) for name in frozen]
+    tensors = problem._replace(**dict.fromkeys(frozen))[:PROBLEM_TENSORS]
+    more = (*problem.positive_more, *problem.exclude_more)
+    ctx.save_for_backward(*tensors, *more, row_state, column_state, weighted)
+    ctx.more = len(problem.positive_more)
+    ctx.flags, ctx.backend, ctx.weighted_keys = problem[PROBLEM_TENSORS + 2 :], backend, weighted_keys
+
+
+def _saved_problem(ctx: Any) -> tuple[Problem, tuple[Tensor, Tensor, Tensor]]:
+    """The problem of :func:`save_stats`, and the row state, the column state and the weighted keys."""
+    *tensors, row_state, column_state, weighted = ctx.saved_tensors
+    more = tensors[PROBLEM_TENSORS:]
+    fields = (*tensors[:PROBLEM_TENSORS], more[: ctx.more], more[ctx.more :], *ctx.flags)
+    return Problem._make(fields), (row_state, column_state, weighted)
 
 
 def stats_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, row_state, column_state, weighted = ctx.saved_tensors
-    problem = Problem(*tensors, *ctx.flags)
+    problem, (row_state, column_state, weighted) = _saved_problem(ctx)
     needs = Needs(*ctx.needs_input_grad[:PROBLEM_INPUTS])
     unused = (None,) * (len(ctx.needs_input_grad) - PROBLEM_INPUTS)
     grad_rows = _zeros(row_state) if grads[0] is None else grads[0]
     grad_columns = _zeros(column_state) if grads[2] is None else grads[2]
     if torch.is_grad_enabled():
-        if ctx.weighted_keys:
-            key, exclude_key = (frozen.get() for frozen in ctx.frozen)
-            problem = problem._replace(key=key, exclude_key=exclude_key)
+        problem = problem._replace(**{name: frozen.get() for name, frozen in ctx.frozen})
         return (*_second_order_stats(problem, needs, grad_rows, grad_columns), *unused)
     grad_rows = _first_order(grad_rows, problem[:PROBLEM_INPUTS])
     if ctx.weighted_keys:

@@ -25,7 +25,7 @@ from fastcl.similarity.problem import Problem, TopK
 
 def statistics(problem: Problem, columns: bool = False, backend: str = "auto") -> Measured:
     """Statistics of a problem, differentiable; a symmetric one's columns are its rows."""
-    chosen = choose(Request.of(problem.query, problem.positive_table is not None), backend)
+    chosen = choose(Request.of(problem.query, simple_rule=problem.has_simple_rule()), backend)
     if chosen.name == reference.BACKEND.name:
         rows, packed_columns = reference.stats(problem)
     else:
@@ -44,7 +44,7 @@ def _frozen_keys(problem: Problem) -> bool:
         torch.is_grad_enabled()
         and problem.query.requires_grad
         and not any(x is not None and x.requires_grad for x in others)
-        and problem.positive_query is None
+        and not problem.has_positives()
         and not problem.columns
         and not problem.symmetric
     )
@@ -74,7 +74,7 @@ def _by_one_op(name: str, inputs: int, *arguments: Any) -> Tensor:
 
 def topk(args: TopK, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Values (N, k) and indices (N, k); no gradient."""
-    chosen = choose(Request.of(args.query), backend)
+    chosen = choose(Request.of(args.query, simple_rule=args.simple_exclude() is not None), backend)
     if chosen.name == reference.BACKEND.name:
         return reference.topk(args)
     values, indices = torch.ops.fastcl.topk(*args, chosen.name)

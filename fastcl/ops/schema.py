@@ -17,8 +17,10 @@ from fastcl.similarity.problem import PROBLEM_FIELDS, Needs, Problem, TopK
 
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor scale, Tensor? key_bias, Tensor? key_scale, "
-    "Tensor? positive_query, Tensor? positive_key, Tensor? positive_table, "
-    "Tensor? exclude_query, Tensor? exclude_key, bool normalize, bool columns, bool symmetric, int precision"
+    "Tensor? positive_query, Tensor? positive_key, Tensor? exclude_query, Tensor? exclude_key, "
+    "Tensor? within_query, Tensor? within_key, Tensor? exclude_keys, "
+    "Tensor[] positive_more, Tensor[] exclude_more, "
+    "bool normalize, bool columns, bool symmetric, int precision"
 )
 library = Library("fastcl", "DEF")
 library.define(
@@ -44,8 +46,9 @@ library.define(
     " -> (Tensor loss, Tensor grad_query, Tensor grad_key, Tensor grad_scale)"
 )
 library.define(
-    "topk(Tensor query, Tensor key, int k, Tensor? exclude_query, Tensor? exclude_key, "
-    "bool normalize, str backend) -> (Tensor values, Tensor indices)"
+    "topk(Tensor query, Tensor key, int k, Tensor[] exclude, Tensor[] only, Tensor? within_query, "
+    "Tensor? within_key, Tensor? exclude_keys, Tensor? below, bool largest, bool normalize, str backend) -> "
+    "(Tensor values, Tensor indices)"
 )
 library.define(
     "mochi(Tensor query, Tensor positive, Tensor scale, Tensor keys, Tensor first, Tensor second, "

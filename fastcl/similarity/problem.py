@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,8 +14,8 @@ from fastcl.similarity.numerics import compute_dtype, inverse_norms, row_dot, un
 class Problem(NamedTuple):
     """Arguments of one statistics call, in the order of the ops' schemas.
 
-    ``positive_table`` (B, B) bool, where given, replaces the equality test of the positive-ids: a
-    pair is positive iff ``positive_table[positive_query[i], positive_key[j]]``.
+    ``positive_more`` and ``exclude_more`` are further sets of pairs: ids of the queries and then of the
+    keys, or a bool mask; one that is smaller than (N, M) repeats.
     ``symmetric`` promises that key is query, with the same ids and no key bias or scale.
     """
 
@@ -25,9 +26,13 @@ class Problem(NamedTuple):
     key_scale: Tensor | None = None  # (M,)
     positive_query: Tensor | None = None  # (N,) int64
     positive_key: Tensor | None = None  # (M,) int64
-    positive_table: Tensor | None = None  # (B, B) bool
     exclude_query: Tensor | None = None  # (N,) int64
     exclude_key: Tensor | None = None  # (M,) int64
+    within_query: Tensor | None = None  # (N,) int64
+    within_key: Tensor | None = None  # (M,) int64
+    exclude_keys: Tensor | None = None  # (N, k) int64
+    positive_more: Sequence[Tensor] = ()
+    exclude_more: Sequence[Tensor] = ()
     normalize: bool = False
     columns: bool = False
     symmetric: bool = False
@@ -37,20 +42,46 @@ class Problem(NamedTuple):
         """Those that may need a gradient, in the order of :class:`Needs`."""
         return self.query, self.key, self.scale, self.key_bias, self.key_scale
 
+    def has_positives(self) -> bool:
+        """Whether a pair may be positive."""
+        return self.positive_query is not None or len(self.positive_more) > 0
+
+    def has_simple_rule(self) -> bool:
+        """Whether one test of ids each says which pairs are excluded and positive."""
+        more = len(self.positive_more) + len(self.exclude_more)
+        return not more and self.within_query is None and self.exclude_keys is None
+
 
 PROBLEM_FIELDS = len(Problem._fields)
-PROBLEM_TENSORS = Problem._fields.index("normalize")  # before the flags
+PROBLEM_TENSORS = Problem._fields.index("positive_more")  # before the lists of tensors and the flags
 
 
 class TopK(NamedTuple):
-    """Arguments of one top-k call, in the order of the op's schema."""
+    """Arguments of one top-k call, in the order of the op's schema.
+
+    ``exclude`` and ``only`` are sets of pairs, as Problem's ``exclude_more``: a pair in the first is no
+    candidate, nor is one outside the second, where there is one.
+    """
 
     query: Tensor  # (N, D)
     key: Tensor  # (M, D)
     k: int
-    exclude_query: Tensor | None = None  # (N,) int64
-    exclude_key: Tensor | None = None  # (M,) int64
+    exclude: Sequence[Tensor] = ()
+    only: Sequence[Tensor] = ()
+    within_query: Tensor | None = None  # (N,) int64
+    within_key: Tensor | None = None  # (M,) int64
+    exclude_keys: Tensor | None = None  # (N, k) int64
+    below: Tensor | None = None  # (N,) in the compute dtype: bounds of the similarities
+    largest: bool = True
     normalize: bool = False
+
+    def simple_exclude(self) -> tuple[Tensor, ...] | None:
+        """The ids of the queries and the keys, or nothing, if that is all that is asked; else None."""
+        rest = (self.within_query, self.exclude_keys, self.below)
+        if self.only or not self.largest or any(x is not None for x in rest):
+            return None
+        ids = tuple(self.exclude)
+        return ids if not ids or (len(ids) == 2 and ids[0].dim() == 1) else None
 
 
 class Needs(NamedTuple):

@@ -1,60 +1,189 @@
-"""The pair rule: which pairs are excluded, positive or negative, said by key equality."""
+"""The pair rule: which pairs are excluded, positive or negative."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastcl.similarity.numerics import INTEGER_DTYPES
+from fastcl.similarity.transforms import is_readable
 
 Ids = tuple[Tensor, Tensor]
+PairSet = Ids | Tensor  # equal ids, or a mask
+PairSets = tuple[PairSet, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class PairRule:
     """Sorts every (query, key) pair into excluded, positive or negative.
 
-    A pair is *excluded* iff its exclude-ids are equal, else *positive* iff its positive-ids are
-    equal, else *negative*. Without a rule every pair is negative.
+    A pair is *excluded* iff ``exclude``, ``within`` or ``exclude_keys`` says so, else *positive* iff it is
+    in ``positive``, else *negative*. Without a rule every pair is negative.
+
+    A set of pairs is said by ids, ``(query_ids, key_ids)``, integer tensors of shapes (N,) and (M,): the
+    pairs whose ids are equal; by a mask, a bool tensor (N, M), read a tile at a time; or by a list of
+    such, of which any one suffices.
 
     Args:
-        positive: ``(query_ids, key_ids)``, integer tensors of shapes (N,) and (M,), or None.
-        exclude: the same, for the pairs that take no part.
+        positive: a set of pairs, or None.
+        exclude: a set of pairs that take no part, or None.
+        within: ids; pairs whose ids differ take no part.
+        exclude_keys: (N, k) int64, indices of keys that take no part in that row; -1 is padding.
 
     Raises:
-        TypeError: ids that are not integer tensors.
-        ValueError: ids that are not one-dimensional.
+        TypeError: ids that are not integer tensors, masks that are not bool, indices that are not int64.
+        ValueError: ids that are not one-dimensional, masks and indices that are not two-dimensional.
     """
 
-    positive: Ids | None = None
-    exclude: Ids | None = None
+    positive: Any = None
+    exclude: Any = None
+    _: KW_ONLY
+    within: Any = None
+    exclude_keys: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("positive", "exclude"):
-            ids = getattr(self, name)
-            if ids is None:
-                continue
-            if not isinstance(ids, (tuple, list)) or len(ids) != 2:
-                raise TypeError(f"rule.{name} must be a pair (query_ids, key_ids), got {ids!r}")
-            sides = (f"rule.{name} query_ids", f"rule.{name} key_ids")
-            checked = tuple(check_ids(side, side_ids) for side, side_ids in zip(sides, ids, strict=True))
-            # the same tensor on both sides stays the same object: that is how symmetry is seen
-            object.__setattr__(self, name, (checked[0], checked[0]) if ids[0] is ids[1] else checked)
+            object.__setattr__(self, name, _pair_sets(f"rule.{name}", getattr(self, name)))
+        if self.within is not None:
+            object.__setattr__(self, "within", _ids_pair("rule.within", self.within))
+        keys = self.exclude_keys
+        if keys is not None:
+            if not isinstance(keys, Tensor) or keys.dtype != torch.int64:
+                got = keys.dtype if isinstance(keys, Tensor) else type(keys).__name__
+                raise TypeError(f"rule.exclude_keys must be an int64 tensor, got {got}")
+            if keys.dim() != 2:
+                raise ValueError(f"rule.exclude_keys must have 2 dimensions, got shape {tuple(keys.shape)}")
 
     def is_symmetric(self) -> bool:
-        """Whether both sides carry the same id tensors."""
-        return all(ids is None or ids[0] is ids[1] for ids in (self.positive, self.exclude))
+        """Whether both sides carry the same id tensors, and nothing else is said."""
+        sets = (*self.positive, *self.exclude, *(() if self.within is None else (self.within,)))
+        return self.exclude_keys is None and all(
+            isinstance(pairs, tuple) and pairs[0] is pairs[1] for pairs in sets
+        )
 
     def check_against(self, query: Tensor, key: Tensor) -> None:
-        """Raise ValueError unless every id tensor fits the (N, D) query and (M, D) key."""
+        """Raise ValueError unless the rule fits the (N, D) query and (M, D) key."""
         for name in ("positive", "exclude"):
-            ids = getattr(self, name)
-            if ids is None:
-                continue
-            for side, side_ids, rows in (("query", ids[0], query), ("key", ids[1], key)):
-                check_ids(f"rule.{name} {side}_ids", side_ids, rows)
+            for pairs in getattr(self, name):
+                _check_set(f"rule.{name}", pairs, query, key)
+        if self.within is not None:
+            _check_set("rule.within", self.within, query, key)
+        keys = self.exclude_keys
+        if keys is None:
+            return
+        if keys.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"rule.exclude_keys must have a row per query: expected ({query.shape[0]}, k), "
+                f"got {tuple(keys.shape)}"
+            )
+        _check_device("rule.exclude_keys", keys, query)
+        if keys.numel() and is_readable(keys):
+            low, high = (int(x) for x in torch.aminmax(keys))
+            if low < -1 or high >= key.shape[0]:
+                raise ValueError(
+                    f"rule.exclude_keys must be from -1 to {key.shape[0] - 1} for {key.shape[0]} keys, "
+                    f"got values from {low} to {high}"
+                )
+
+    def fields(self) -> dict[str, Any]:
+        """What a statistics call takes of the rule: see :class:`fastcl.similarity.problem.Problem`."""
+        exclude, exclude_more = _first_ids(self.exclude)
+        positive, positive_more = (
+            _first_ids(self.positive) if len(self.positive) == 1 else (None, self.positive)
+        )
+        return {
+            **_sides("positive", positive),
+            **_sides("exclude", exclude),
+            **_sides("within", self.within),
+            "exclude_keys": self.exclude_keys,
+            "positive_more": flattened(positive_more),
+            "exclude_more": flattened(exclude_more),
+        }
+
+
+def flattened(sets: PairSets) -> tuple[Tensor, ...]:
+    """The tensors of several sets, one after the other, as an op takes them."""
+    return tuple(x for pairs in sets for x in (pairs if isinstance(pairs, tuple) else (pairs,)))
+
+
+def unflattened(tensors: Sequence[Tensor]) -> PairSets:
+    """Of what :func:`flattened` gives: a one-dimensional tensor is followed by its keys' ids."""
+    sets, rest = [], list(tensors)
+    while rest:
+        first = rest.pop(0)
+        sets.append((first, rest.pop(0)) if first.dim() == 1 else first)
+    return tuple(sets)
+
+
+def _first_ids(sets: PairSets) -> tuple[Ids | None, PairSets]:
+    """The first set said by ids, which every kernel knows, and the others."""
+    for i, pairs in enumerate(sets):
+        if isinstance(pairs, tuple):
+            return pairs, (*sets[:i], *sets[i + 1 :])
+    return None, sets
+
+
+def _sides(name: str, ids: Ids | None) -> dict[str, Tensor | None]:
+    query, key = ids or (None, None)
+    return {f"{name}_query": query, f"{name}_key": key}
+
+
+def _pair_sets(name: str, given: Any) -> PairSets:
+    if given is None:
+        return ()
+    if isinstance(given, Tensor) or _is_pair(given):
+        return (_pair_set(name, given),)
+    if not isinstance(given, (tuple, list)):
+        raise TypeError(
+            f"{name} must be a pair (query_ids, key_ids), a bool mask, or a list of such, got {given!r}"
+        )
+    return tuple(_pair_set(name, pairs) for pairs in given)
+
+
+def _is_pair(given: Any) -> bool:
+    return (
+        isinstance(given, (tuple, list))
+        and len(given) == 2
+        and not any(isinstance(x, (tuple, list)) or (isinstance(x, Tensor) and x.dim() == 2) for x in given)
+    )
+
+
+def _pair_set(name: str, given: Any) -> PairSet:
+    if not isinstance(given, Tensor):
+        return _ids_pair(name, given)
+    if given.dtype != torch.bool:
+        raise TypeError(f"{name} as a mask must be a bool tensor, got {given.dtype}")
+    if given.dim() != 2:
+        raise ValueError(f"{name} as a mask must have 2 dimensions, got shape {tuple(given.shape)}")
+    return given
+
+
+def _ids_pair(name: str, ids: Any) -> Ids:
+    if not isinstance(ids, (tuple, list)) or len(ids) != 2:
+        raise TypeError(f"{name} must be a pair (query_ids, key_ids), got {ids!r}")
+    query, key = (check_ids(f"{name} {s}_ids", x) for s, x in zip(("query", "key"), ids, strict=True))
+    # the same tensor on both sides stays the same object: that is how symmetry is seen
+    return (query, query) if ids[0] is ids[1] else (query, key)
+
+
+def _check_set(name: str, pairs: PairSet, query: Tensor, key: Tensor) -> None:
+    if isinstance(pairs, tuple):
+        for side, ids, rows in (("query", pairs[0], query), ("key", pairs[1], key)):
+            check_ids(f"{name} {side}_ids", ids, rows)
+        return
+    expected = (query.shape[0], key.shape[0])
+    if pairs.shape != expected:
+        raise ValueError(f"{name} as a mask must have shape {expected}, got {tuple(pairs.shape)}")
+    _check_device(f"{name} as a mask", pairs, query)
+
+
+def _check_device(name: str, x: Tensor, rows: Tensor) -> None:
+    if x.device != rows.device:
+        raise ValueError(f"{name} must be on {rows.device} like its rows, got {x.device}")
 
 
 def check_ids(name: str, ids: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -70,8 +199,7 @@ def check_ids(name: str, ids: Tensor, rows: Tensor | None = None) -> Tensor:
                 f"{name} must have one id per row: expected ({rows.shape[0]},) for rows of shape "
                 f"{tuple(rows.shape)}, got {tuple(ids.shape)}"
             )
-        if ids.device != rows.device:
-            raise ValueError(f"{name} must be on {rows.device} like its rows, got {ids.device}")
+        _check_device(name, ids, rows)
     return ids.to(torch.int64).contiguous()
 
 

@@ -105,17 +105,13 @@ def similarity_stats(
             check_vector(name, vector, key)
     check_rule(rule, query, key)
     symmetric = query is key and key_bias is None and key_scale is None and rule.is_symmetric()
-    positive, exclude = rule.positive or (None, None), rule.exclude or (None, None)
     problem = Problem(
         query,
         key,
         scalar("scale", scale, query),
         key_bias,
         key_scale,
-        positive_query=positive[0],
-        positive_key=positive[1],
-        exclude_query=exclude[0],
-        exclude_key=exclude[1],
+        **rule.fields(),
         normalize=normalize,
         columns=columns and not symmetric,
         symmetric=symmetric,

@@ -1,5 +1,6 @@
 #include "cpu/losses/attend.h"
 
+#include "cpu/run/pair_rule.h"
 #include "cpu/run/products.h"
 
 namespace fastcl::cpu {
@@ -12,10 +13,9 @@ constexpr int64_t kMaxStrip = int64_t{16} << 20;
 
 template <class T>
 void block_logits(const Problem<T>& problem, Products<T>& products, Tile<T> tile, int64_t query_begin,
-                  int64_t key_begin) {
+                  int64_t key_begin, Scratch& scratch) {
   products.logits(tile);
-  if (problem.exclude.row)
-    kernels<T>().exclude(tile, {problem.exclude.row + key_begin, problem.exclude.lane + query_begin});
+  exclude_pairs(problem, tile, query_begin, key_begin, scratch);
 }
 
 // Rescales what was summed relative to `before` to be relative to `now`.
@@ -42,7 +42,7 @@ void attend_block(const Problem<T>& problem, Selector<T>* selector, int64_t part
   for (int64_t key_begin = key_first; key_begin < key_last; key_begin += kKeyRows) {
     tile.rows = std::min(kKeyRows, key_last - key_begin);
     products->set_rows(key_begin, tile.rows);
-    block_logits(problem, *products, tile, begin, key_begin);
+    block_logits(problem, *products, tile, begin, key_begin, scratch);
     if (selector) selector->offer(tile, begin, part, key_begin, scratch);
     std::copy_n(state.max, lanes, before);
     k.lane_max(tile, state.max);
@@ -121,7 +121,7 @@ AttendedKeys<T> attend_with_keys(const Problem<T>& problem, const std::function<
     };
     products->set_lanes(begin, lanes);
     for_tiles([&](Tile<T> tile, int64_t first) {
-      block_logits(problem, *products, tile, begin, first);
+      block_logits(problem, *products, tile, begin, first, scratch);
       k.lane_max(tile, state.max);
     });
     for_tiles([&](Tile<T> tile, int64_t) {

@@ -53,8 +53,7 @@ class Similarity {
     problem_.key = call.symmetric ? query_.rows : key_.rows;
     problem_.scale2 = static_cast<T>(call.scale * kLog2E);
     problem_.bias2 = static_cast<const T*>(call.bias2);
-    problem_.exclude = call.exclude;
-    problem_.positive = call.positive;
+    set_rule();
     problem_.symmetric = call.symmetric;
     if constexpr (std::is_same_v<T, float>)
       if (use != Use::similarities && call.scale != 0) set_bfloat16_rows();
@@ -72,9 +71,9 @@ class Similarity {
     if (call_.columns) write_state(stats.columns, problem_.key.count, result.columns, result.column_state);
   }
 
-  void topk(int64_t k, T* values, int64_t* indices) {
-    problem_.scale2 = 1;  // similarities themselves
-    cpu::topk(problem_, k, values, indices);
+  void topk(int64_t k, bool largest, const T* below, T* values, int64_t* indices) {
+    problem_.scale2 = largest ? 1 : -1;  // similarities themselves
+    cpu::topk(problem_, k, values, indices, below);
   }
 
   void backward(const SimilaritySaved<T>& saved, const SimilarityGradients<T>& result) const {
@@ -98,6 +97,22 @@ class Similarity {
   }
 
  private:
+  // One test of ids each way is what the kernels do fastest.
+  void set_rule() {
+    rule_ = call_.rule;
+    if (!rule_.exclude.ids.empty()) {
+      problem_.exclude = rule_.exclude.ids.back();
+      rule_.exclude.ids.pop_back();
+    }
+    if (rule_.positive.ids.size() == 1 && rule_.positive.masks.empty()) {
+      problem_.positive = rule_.positive.ids[0];
+      rule_.positive.ids.clear();
+    }
+    const bool more = !rule_.exclude.empty() || !rule_.positive.empty() || !rule_.only.empty() ||
+                      rule_.within.row || rule_.excluded_per_query;
+    problem_.rule = more ? &rule_ : nullptr;
+  }
+
   Side<T> side(const Input& input, const T* factor, Use use) const {
     const bool as_it_is = use == Use::statistics && bfloat16_kernels() && call_.scale != 0 &&
                           !call_.normalize && call_.query.dtype == DType::bfloat16 &&
@@ -203,6 +218,7 @@ class Similarity {
   const T* key_scale_;
   Side<T> query_, key_;
   BFloat16Sides bfloat16_;
+  PairRule rule_;
   Problem<T> problem_;
 };
 
@@ -213,8 +229,9 @@ void similarity_forward(const SimilarityCall& call, const SimilarityResult<T>& r
   Similarity<T>(call, Use::statistics).forward(result);
 }
 template <class T>
-void similarity_topk(const SimilarityCall& call, int64_t k, T* values, int64_t* indices) {
-  Similarity<T>(call, Use::similarities).topk(k, values, indices);
+void similarity_topk(const SimilarityCall& call, int64_t k, bool largest, const T* below, T* values,
+                     int64_t* indices) {
+  Similarity<T>(call, Use::similarities).topk(k, largest, below, values, indices);
 }
 template <class T>
 void similarity_backward(const SimilarityCall& call, const SimilaritySaved<T>& saved,
@@ -222,10 +239,10 @@ void similarity_backward(const SimilarityCall& call, const SimilaritySaved<T>& s
   Similarity<T>(call, Use::gradients).backward(saved, result);
 }
 
-#define FASTCL_INSTANTIATE(T)                                                             \
-  template void similarity_forward<T>(const SimilarityCall&, const SimilarityResult<T>&); \
-  template void similarity_topk<T>(const SimilarityCall&, int64_t, T*, int64_t*);         \
-  template void similarity_backward<T>(const SimilarityCall&, const SimilaritySaved<T>&,  \
+#define FASTCL_INSTANTIATE(T)                                                                     \
+  template void similarity_forward<T>(const SimilarityCall&, const SimilarityResult<T>&);         \
+  template void similarity_topk<T>(const SimilarityCall&, int64_t, bool, const T*, T*, int64_t*); \
+  template void similarity_backward<T>(const SimilarityCall&, const SimilaritySaved<T>&,          \
                                        const SimilarityGradients<T>&);
 FASTCL_INSTANTIATE(float)
 FASTCL_INSTANTIATE(double)

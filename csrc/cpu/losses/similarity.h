@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/losses/stats.h"
+#include "cpu/run/pair_rule.h"
 #include "cpu/run/unit_rows.h"
 
 namespace fastcl::cpu {
@@ -10,7 +11,7 @@ struct SimilarityCall {
   Input query, key;  // symmetric: key is query
   double scale;
   const void *key_scale, *bias2;  // (M) of the compute type, or null
-  Ids exclude, positive;
+  PairRule rule;
   bool normalize, symmetric, columns;
   Precision precision;
 };
@@ -36,9 +37,10 @@ struct SimilarityGradients {
 
 template <class T>
 void similarity_forward(const SimilarityCall& call, const SimilarityResult<T>& result);
-// The k most similar keys that are not excluded, as topk().
+// As topk(), the least similar keys if not `largest`.
 template <class T>
-void similarity_topk(const SimilarityCall& call, int64_t k, T* values, int64_t* indices);
+void similarity_topk(const SimilarityCall& call, int64_t k, bool largest, const T* below, T* values,
+                     int64_t* indices);
 template <class T>
 void similarity_backward(const SimilarityCall& call, const SimilaritySaved<T>& saved,
                          const SimilarityGradients<T>& result);

@@ -2,6 +2,7 @@
 
 #include <numeric>
 
+#include "cpu/run/pair_rule.h"
 #include "cpu/run/products.h"
 
 namespace fastcl::cpu {
@@ -17,12 +18,12 @@ class TileWalk {
  public:
   TileWalk(const Problem<T>& problem, const Plan& plan, const Plan::Task& task, Scratch& scratch,
            const KeptTiles<T>& kept, bool made)
-      : problem_(problem), plan_(plan), task_(task), kept_(kept), made_(made) {
+      : problem_(problem), plan_(plan), task_(task), scratch_(scratch), kept_(kept), made_(made) {
     const int64_t block = plan.query.block;
     spare_ = scratch.take<T>(kTileSlot, block * block);
     tile_.stride = block;
     positive_ = tile_;
-    if (problem.positive.row) positive_.s = scratch.take<T>(kPositiveSlot, block * block);
+    if (has_positives(problem)) positive_.s = scratch.take<T>(kPositiveSlot, block * block);
     products_ = make_products(problem, block, block, scratch);
     T* const sums = scratch.take<T>(kSumSlot, 3 * block);
     std::fill_n(sums, 3 * block, T(0));
@@ -58,20 +59,20 @@ class TileWalk {
   void make_logits(int64_t begin, int64_t key_begin, const State<T>* lane, const State<T>* row) {
     const Problem<T>& p = problem_;
     products_->logits(tile_);
-    if (p.exclude.row) k_.exclude(tile_, {p.exclude.row + key_begin, p.exclude.lane + begin});
-    if (!p.positive.row) return;
+    exclude_pairs(p, tile_, begin, key_begin, scratch_);
+    if (!has_positives(p)) return;
     positive_.rows = tile_.rows;
     positive_.lanes = tile_.lanes;
-    k_.split(tile_, positive_, {p.positive.row + key_begin, p.positive.lane + begin},
-             lane ? lane->positive_sums(begin) : unused_, row ? row->positive_sums(key_begin) : unused_);
+    split_pairs(p, tile_, positive_, begin, key_begin, lane ? lane->positive_sums(begin) : unused_,
+                row ? row->positive_sums(key_begin) : unused_, scratch_);
   }
 
   const Problem<T>& problem_;
   const Plan& plan_;
   const Plan::Task task_;
+  Scratch& scratch_;
   const KeptTiles<T>& kept_;
   const bool made_;
-  const Kernels<T>& k_ = kernels<T>();
   std::unique_ptr<Products<T>> products_;
   Tile<T> tile_, positive_;
   T* spare_;
@@ -132,7 +133,7 @@ Statistics<T> statistics(const Problem<T>& problem, bool columns, const KeptTile
             k.both_log_sum(tile, lane.negative(begin), row->negative(key_begin));
           else
             k.lane_log_sum(tile, lane.negative(begin));
-          if (!problem.positive.row) return;
+          if (!has_positives(problem)) return;
           if (both)
             k.both_log_sum(positive, lane.positive(begin), row->positive(key_begin));
           else
@@ -190,9 +191,9 @@ PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, con
       Tile<T> logits = tile;
       if (by_tiles) {
         logits.s = scratch.take<T>(kLogitSlot, plan.query.block * tile.stride);
-        k.join_logits(logits, tile, problem.positive.row ? positive.s : nullptr);
+        k.join_logits(logits, tile, has_positives(problem) ? positive.s : nullptr);
       }
-      if (problem.positive.row) {
+      if (has_positives(problem)) {
         const auto lane_pair = rows.pair(begin);
         const auto row_pair = row_weights ? row_weights.pair(key_begin) : lane_pair;
         k.pair_weights(tile, positive, &lane_pair, row_weights ? &row_pair : nullptr);

@@ -4,6 +4,7 @@
 #include <bit>
 #include <limits>
 
+#include "cpu/run/pair_rule.h"
 #include "cpu/run/products.h"
 
 namespace fastcl::cpu {
@@ -16,13 +17,20 @@ constexpr int64_t kMaxSample =
     16384;  // the similarities of a block of queries to them should stay in the cache
 constexpr int64_t kSampleLanes = 32;
 
+// Similarities, times a sign, that are not below their lane's bound.
 template <class T>
-void scan(const Problem<T>& problem, int64_t parts, Selector<T>& selector) {
+void exclude_not_below(Tile<T> tile, const T* below, T sign) {
+  for (int64_t r = 0; r < tile.rows; r++)
+    for (int64_t i = 0; i < tile.lanes; i++)
+      if (tile.row(r)[i] * sign >= below[i]) tile.row(r)[i] = excluded_logit<T>;
+}
+
+template <class T>
+void scan(const Problem<T>& problem, int64_t parts, const T* below, Selector<T>& selector) {
   const int64_t queries = problem.query.count, keys = problem.key.count;
   const int64_t block = std::clamp(round_up(queries, kLaneUnit), kLaneUnit, kMaxBlock),
                 blocks = ceil_div(queries, block);
   for_each_task(blocks * parts, [&](int64_t task, Scratch& scratch) {
-    const Kernels<T>& k = kernels<T>();
     const int64_t begin = task % blocks * block, part = task / blocks;
     const int64_t last = keys * (part + 1) / parts;
     Tile<T> tile{scratch.take<T>(kTileSlot, kKeyRows * block), block, 0, std::min(block, queries - begin)};
@@ -32,7 +40,8 @@ void scan(const Problem<T>& problem, int64_t parts, Selector<T>& selector) {
       tile.rows = std::min(kKeyRows, last - first);
       products->set_rows(first, tile.rows);
       products->logits(tile);
-      if (problem.exclude.row) k.exclude(tile, {problem.exclude.row + first, problem.exclude.lane + begin});
+      exclude_pairs(problem, tile, begin, first, scratch);
+      if (below) exclude_not_below(tile, below + begin, problem.scale2);
       selector.offer(tile, begin, part, first, scratch);
     }
   });
@@ -159,7 +168,7 @@ void Selector<T>::write(T unit, T* values, int64_t* indices) {
       sort(all, spare);
       const int64_t found = all.size();
       for (int64_t n = 0; n < k_; n++) {
-        values[i * k_ + n] = n < found ? value_of<T>(all[n].order) / unit : -INFINITY;
+        values[i * k_ + n] = (n < found ? value_of<T>(all[n].order) : -INFINITY) / unit;
         indices[i * k_ + n] = n < found ? all[n].index : -1;
       }
     }
@@ -167,11 +176,11 @@ void Selector<T>::write(T unit, T* values, int64_t* indices) {
 }
 
 template <class T>
-void topk(const Problem<T>& problem, int64_t k, T* values, int64_t* indices) {
+void topk(const Problem<T>& problem, int64_t k, T* values, int64_t* indices, const T* below) {
   const int64_t parts = parts_of_keys(problem.query.count, problem.key.count);
   for (bool estimate : {true, false}) {
     Selector<T> selector(problem, k, parts, estimate);
-    scan(problem, parts, selector);
+    scan(problem, parts, below, selector);
     if (!selector.complete()) continue;
     return selector.write(problem.scale2, values, indices);
   }
@@ -179,7 +188,7 @@ void topk(const Problem<T>& problem, int64_t k, T* values, int64_t* indices) {
 
 template class Selector<float>;
 template class Selector<double>;
-template void topk<float>(const Problem<float>&, int64_t, float*, int64_t*);
-template void topk<double>(const Problem<double>&, int64_t, double*, int64_t*);
+template void topk<float>(const Problem<float>&, int64_t, float*, int64_t*, const float*);
+template void topk<double>(const Problem<double>&, int64_t, double*, int64_t*, const double*);
 
 }  // namespace fastcl::cpu

@@ -43,7 +43,9 @@ class Selector {
   std::vector<std::vector<Candidate>> candidates_;  // [parts * queries]
 };
 
+// With a scale of -1 the least similar, ascending, padded with inf; of similarities below their query's bound
+// only (null: any).
 template <class T>
-void topk(const Problem<T>& problem, int64_t k, T* values, int64_t* indices);
+void topk(const Problem<T>& problem, int64_t k, T* values, int64_t* indices, const T* below = nullptr);
 
 }  // namespace fastcl::cpu

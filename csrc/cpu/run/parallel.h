@@ -39,7 +39,7 @@ class Scratch {
     Buffer<char> memory;
     size_t bytes = 0;
   };
-  Piece pieces_[9];  // a task's slots
+  Piece pieces_[10];  // a task's slots
 };
 
 // Calls task(index, scratch) for every index, in any order, on all threads.

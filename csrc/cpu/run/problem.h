@@ -54,14 +54,17 @@ struct BFloat16Problem {
   int parts = 0;
 };
 
+struct PairRule;
+
 template <class T>
 struct Problem {
   Rows<T> query, key;
   BFloat16Problem bfloat16;
-  T scale2 = 0;              // logits in log2 units per unit of similarity
-  const T* bias2 = nullptr;  // (M), log2 units, or null
-  Ids exclude, positive;     // row: key ids (M), lane: query ids (N); null without the rule
-  bool symmetric = false;    // key is query: tiles above the diagonal serve both sides
+  T scale2 = 0;                    // logits in log2 units per unit of similarity
+  const T* bias2 = nullptr;        // (M), log2 units, or null
+  Ids exclude, positive;           // row: key ids (M), lane: query ids (N); null without the rule
+  const PairRule* rule = nullptr;  // what more there is of the rule
+  bool symmetric = false;          // key is query: tiles above the diagonal serve both sides
 };
 
 // Scratch slots of a task; from kPackedSlot on those of its products.
@@ -75,6 +78,7 @@ enum Slot {
   kKeySlot,
   kRoundedSlot,
   kLogitSlot,
+  kRuleSlot,
   kSlots
 };
 

@@ -139,8 +139,10 @@ void exclude(Tile<T> tile, Ids ids) {
   });
 }
 
-template <class T>
-void split(Tile<T> tile, Tile<T> positive, Ids ids, PositiveSums<T> lane, PositiveSums<T> row) {
+// for_rows(body) calls body(row) for the rows that may have positives; is_positive(row, lane) tells them.
+template <class T, class ForRows, class IsPositive>
+void split_rows(Tile<T> tile, Tile<T> positive, PositiveSums<T> lane, PositiveSums<T> row, ForRows for_rows,
+                IsPositive is_positive) {
   const int64_t padded = vectors_of(tile) * kLanes<T>;
   for (int64_t r = 0; r < tile.rows; r++)
     for (int64_t i = 0; i < padded; i += kLanes<T>) store(positive.row(r) + i, empty_vector<T>());
@@ -153,19 +155,18 @@ void split(Tile<T> tile, Tile<T> positive, Ids ids, PositiveSums<T> lane, Positi
     summed = 0;
   };
   flush();
-  for_rows_in_range(tile, ids, [&](int64_t r) {
+  for_rows([&](int64_t r) {
     T *s = tile.row(r), *p = positive.row(r);
-    const int64_t id = ids.row[r];
     for (int64_t i = 0; i < tile.lanes; i++) {
-      const bool is_positive = ids.lane[i] == id && !is_empty(s[i]);
-      p[i] = is_positive ? s[i] : excluded_logit<T>;
-      s[i] = is_positive ? excluded_logit<T> : s[i];
+      const bool moved = is_positive(r, i) && !is_empty(s[i]);
+      p[i] = moved ? s[i] : excluded_logit<T>;
+      s[i] = moved ? excluded_logit<T> : s[i];
     }
     Vec<T> sum = {}, count = {};
     for (int64_t i = 0; i < padded; i += kLanes<T>) {
       const Vec<T> value = load(p + i), zero = {};
-      const auto is_positive = value > excluded_logit<T> / 2 || value != value;
-      const Vec<T> counted = is_positive ? value : zero, one = is_positive ? splat(T(1)) : zero;
+      const auto counts = value > excluded_logit<T> / 2 || value != value;
+      const Vec<T> counted = counts ? value : zero, one = counts ? splat(T(1)) : zero;
       store(lane_sum + i, load(lane_sum + i) + counted);
       store(lane.count + i, load(lane.count + i) + one);
       sum += counted;
@@ -176,6 +177,24 @@ void split(Tile<T> tile, Tile<T> positive, Ids ids, PositiveSums<T> lane, Positi
     if (++summed == kSumRows) flush();
   });
   flush();
+}
+
+template <class T>
+void split(Tile<T> tile, Tile<T> positive, Ids ids, PositiveSums<T> lane, PositiveSums<T> row) {
+  split_rows(
+      tile, positive, lane, row, [&](const auto& body) { for_rows_in_range(tile, ids, body); },
+      [&](int64_t r, int64_t i) { return ids.lane[i] == ids.row[r]; });
+}
+
+template <class T>
+void split_members(Tile<T> tile, Tile<T> positive, const uint8_t* members, PositiveSums<T> lane,
+                   PositiveSums<T> row) {
+  split_rows(
+      tile, positive, lane, row,
+      [&](const auto& body) {
+        for (int64_t r = 0; r < tile.rows; r++) body(r);
+      },
+      [&](int64_t r, int64_t i) { return members[r * tile.stride + i] != 0; });
 }
 
 // ---- weights of the backward pass ----
@@ -315,10 +334,10 @@ int64_t select_above(Tile<T> tile, const T* threshold, Selected<T> selected) {
 
 template <class T>
 constexpr Kernels<T> kTable = {
-    kLanes<T>,       kPanel<T>,       load_rows<T>,    dot<T>,           sum<T>,          add_scaled<T>,
-    pack_lanes<T>,   logits<T>,       add_to_lanes<T>, add_to_rows<T>,   exclude<T>,      split<T>,
-    lane_max<T>,     lane_log_sum<T>, both_log_sum<T>, exponentiate<T>,  lane_weights<T>, both_weights<T>,
-    pair_weights<T>, join_logits<T>,  weighted_sum<T>, lane_quantile<T>, select_above<T>,
+    kLanes<T>,        kPanel<T>,       load_rows<T>,    dot<T>,          sum<T>,           add_scaled<T>,
+    pack_lanes<T>,    logits<T>,       add_to_lanes<T>, add_to_rows<T>,  exclude<T>,       split<T>,
+    split_members<T>, lane_max<T>,     lane_log_sum<T>, both_log_sum<T>, exponentiate<T>,  lane_weights<T>,
+    both_weights<T>,  pair_weights<T>, join_logits<T>,  weighted_sum<T>, lane_quantile<T>, select_above<T>,
 };
 
 }  // namespace

@@ -112,6 +112,10 @@ struct Kernels {
   // Moves positives to `positive` (excluded elsewhere there) and adds their sums and counts.
   void (*split)(Tile<T> tile, Tile<T> positive, Ids ids, PositiveSums<T> lane, PositiveSums<T> row);
 
+  // The same, positives told by a byte each, which stride as the tile.
+  void (*split_members)(Tile<T> tile, Tile<T> positive, const uint8_t* members, PositiveSums<T> lane,
+                        PositiveSums<T> row);
+
   void (*lane_max)(Tile<T> tile, T* max);
   void (*lane_log_sum)(Tile<T> tile, LogSum<T> lane);
   void (*both_log_sum)(Tile<T> tile, LogSum<T> lane, LogSum<T> row);

@@ -29,7 +29,12 @@ class ManyPositives(NamedTuple):
     normalize: bool = True
     variant: str = "out"  # or 'in'
     reduction: str = "mean"
-    positive_table: Tensor | None = None  # (B, B) bool, of labels: as in Problem; the op takes none
+    positive_mask: Tensor | None = None  # (B, B) bool, of samples, instead of labels; rows are view-major
+
+    @property
+    def has_op(self) -> bool:
+        """Whether the op for the whole loss takes these arguments."""
+        return self.positive_mask is None
 
     def in_compute_dtype(self) -> ManyPositives:
         """The loss itself: its rows enter the statistics only, which round their gradients once."""
@@ -39,17 +44,19 @@ class ManyPositives(NamedTuple):
         """The statistics call that the loss is made of."""
         key = self.query if self.key is None else self.key
         ids = torch.arange(key.shape[0], device=key.device)
+        masked = self.positive_mask is not None
+        key_labels = self.query_labels if self.key_labels is None else self.key_labels
         return Problem(
             self.query,
             key,
             self.scale,
-            positive_query=self.query_labels,
-            positive_key=self.query_labels if self.key_labels is None else self.key_labels,
-            positive_table=self.positive_table,
+            positive_query=None if masked else self.query_labels,
+            positive_key=None if masked else key_labels,
+            positive_more=() if self.positive_mask is None else (self.positive_mask,),
             exclude_query=ids[: self.query.shape[0]],
             exclude_key=ids,
             normalize=self.normalize,
-            symmetric=self.key is None and self.positive_table is None,
+            symmetric=self.key is None and self.positive_mask is None,
             precision=matmul_precision_level(),
         )
 

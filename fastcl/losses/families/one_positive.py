@@ -37,6 +37,11 @@ class OnePositive(NamedTuple):
     normalize_negatives: bool = True
     reduction: str = "mean"
 
+    @property
+    def has_op(self) -> bool:
+        """Whether the op for the whole loss takes these arguments."""
+        return True
+
     def in_compute_dtype(self) -> OnePositive:
         """Query and positive converted once: both enter twice, and their gradients should round once."""
         dtype = compute_dtype(self.query.dtype)

@@ -103,3 +103,9 @@ def test_the_order_of_the_statistics_is_said_once():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and type(node.value) is int:
                 assert node.value not in layouts, f"{path}:{node.lineno}"
+
+
+def test_every_room_is_packaged():
+    packages = (KERNELS.parent / "pyproject.toml").read_text()
+    for folder in {path.parent for path in ROOT.rglob("*.py")}:
+        assert f'"{_name(folder / "__init__.py")}"' in packages

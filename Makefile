@@ -54,7 +54,7 @@ asan: $(VENV)/.installed
 	cp fastcl/_native.abi3.so build/usual.so
 	FASTCL_BUILD=cpu FASTCL_SANITIZE=1 $(REBUILD) && \
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  $(BIN)/python -m pytest -p no:cacheprovider -k "(cpu or isa) and not compile and not memory" \
+	  $(BIN)/python -m pytest -p no:cacheprovider -k "(cpu or isa) and not compile and not test_memory" \
 	  tests/backends/test_isa.py tests/similarity/test_stats.py tests/similarity/test_topk.py tests/losses \
 	  tests/memory; status=$$?; mv build/usual.so fastcl/_native.abi3.so; exit $$status
 

@@ -23,13 +23,13 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto tests
 
-QUICK_TESTS = contract losses degenerate queue mochi errors fuzz
+QUICK_TESTS = losses memory test_contract.py test_errors.py test_fuzz.py test_layout.py
 quick: lint
-	$(BIN)/python -m pytest -n auto $(QUICK_TESTS:%=tests/test_%.py)
+	$(BIN)/python -m pytest -n auto $(QUICK_TESTS:%=tests/%)
 
-TRITON_TESTS = stats losses degenerate topk queue mochi ops triton
+TRITON_TESTS = losses memory similarity/test_stats.py similarity/test_topk.py ops/test_ops.py backends/test_triton.py
 triton: $(VENV)/.installed
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(TRITON_TESTS:%=tests/test_%.py)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(TRITON_TESTS:%=tests/%)
 	$(BIN)/python -W ignore -m bench.aot -k "bfloat16 D=128"
 
 bench: $(VENV)/.installed
@@ -54,9 +54,10 @@ asan: $(VENV)/.installed
 	cp fastcl/_native.abi3.so build/usual.so
 	$(SANITIZED) && \
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  $(BIN)/python -m pytest -n auto -p no:cacheprovider -k "(cpu or isa) and not compile and not memory" \
-	  tests/test_isa.py tests/test_stats.py tests/test_topk.py tests/test_losses.py tests/test_degenerate.py \
-	  tests/test_queue.py tests/test_mochi.py; status=$$?; mv build/usual.so fastcl/_native.abi3.so; exit $$status
+	  $(BIN)/python -m pytest -n auto -p no:cacheprovider -k "(cpu or isa) and not compile and not test_memory" \
+	  tests/backends/test_isa.py tests/similarity/test_stats.py tests/similarity/test_topk.py \
+	  tests/losses/test_losses.py tests/losses/test_degenerate.py tests/losses/test_mochi.py \
+	  tests/memory/test_queue.py; status=$$?; mv build/usual.so fastcl/_native.abi3.so; exit $$status
 
 HOST_TEST = g++ -std=c++20 -O1 -g -Wall -Icsrc -pthread
 TORCH_HEADERS = -I$(shell $(BIN)/python -c "from torch.utils.cpp_extension import include_paths as p; print(p()[0])")

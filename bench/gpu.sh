@@ -25,10 +25,10 @@ python=build/gpu/bin/python
 step build env FASTCL_BUILD=auto "$python" -m pip install --quiet --no-deps --no-index --no-build-isolation -e .
 step config "$python" -m fastcl.cli info
 export FASTCL_TEST_DEVICE=cuda
-step tests "$python" -m pytest -n 8 tests/test_stats.py tests/test_losses.py tests/test_degenerate.py \
-  tests/test_topk.py tests/test_queue.py tests/test_mochi.py tests/test_ops.py tests/test_triton.py tests/test_cuda.py
+step tests "$python" -m pytest -n 8 tests/losses tests/memory tests/similarity/test_stats.py \
+  tests/similarity/test_topk.py tests/ops/test_ops.py tests/backends/test_triton.py tests/backends/test_cuda.py
 step memcheck compute-sanitizer --tool memcheck --error-exitcode 1 "$python" -m pytest -p no:cacheprovider \
-  tests/test_losses.py -k "triton and test_shapes and 64 and not 252"
+  tests/losses/test_losses.py -k "triton and test_shapes and 64 and not 252"
 unset FASTCL_TEST_DEVICE
 step bench "$python" -m bench.run -k cuda --out "$out/gpu.json"
 

@@ -14,10 +14,11 @@ def _reduce(losses, reduction):
     return {"none": losses, "mean": losses.mean(), "sum": losses.sum()}[reduction]
 
 
-def info_nce(query, positive, negatives=None, *, temperature, reduction="mean"):
+def info_nce(query, positive, negatives=None, *, temperature, reduction="mean", negative_mode=None):
     """CPC eq. 4, MoCo eq. 1: -log of exp(q.k+ / t) over the sum of exp(q.k / t), k+ included.
 
-    ``negatives`` (M, D) serve all queries, (N, M, D) one query each; None: the other positives.
+    ``negatives`` (M, D) serve all queries, (N, M, D) one query each, as the mode would say; None: the
+    other positives.
     """
     q, p = _unit(query), _unit(positive)
     losses = []
@@ -45,7 +46,7 @@ def nt_xent(z1, z2, *, temperature, reduction="mean"):
     return _reduce(losses, reduction)
 
 
-def clip(image, text, *, logit_scale, normalize=True, reduction="mean"):
+def clip_loss(image, text, *, logit_scale, normalize=True, reduction="mean"):
     """CLIP figure 3: the mean of the cross-entropies along both axes of the scaled cosines."""
     if normalize:
         image, text = _unit(image), _unit(text)

@@ -19,20 +19,8 @@ class Tested(NamedTuple):
     factor: object  # temperature -> what the loss takes for it
 
 
-def _info_nce(*arguments, negative_mode, **options):
-    return formulas.info_nce(*arguments, **options)  # which sees the mode by the negatives' shape
-
-
-FORMULAS = {
-    "info_nce": _info_nce,
-    "nt_xent": formulas.nt_xent,
-    "clip_loss": formulas.clip,
-    "sup_con": formulas.sup_con,
-}
-
-
 def _tested(loss):
-    calls = (loss.calling(f) for f in (loss.function, FORMULAS[loss.name], loss.dense))
+    calls = (loss.calling(f) for f in (loss.function, getattr(formulas, loss.name), loss.dense))
     return Tested(*calls, loss.inputs, loss.factor)
 
 

@@ -97,21 +97,23 @@ def info_nce(
         return group_reduce(losses, query.shape[0], reduction, group)
     scale = inverse_scalar("temperature", temperature, query, per_row=True)
     if isinstance(negative_keys, NegativeQueue):
-        return _queue_info_nce(query, positive_key, negative_keys, scale, reduction, query_ids)
-    if query_ids is not None:
+        args = _with_queue(query, positive_key, negative_keys, scale, reduction, query_ids)
+    elif query_ids is not None:
         raise ValueError("query_ids excludes negatives by id, but negative_keys carries no ids")
-    if negative_keys is None:
+    elif negative_keys is None:
         args = OnePositive(query, positive_key, None, scale, layout=BATCH, reduction=reduction)
-        return _one_positive(args, group, ring)
-    check_matrix("negative_keys", negative_keys, 3 if paired else 2)
-    check_same("negative_keys", negative_keys, "query", query)
-    if negative_keys.dtype != query.dtype:
-        query, positive_key, negative_keys = in_one_dtype(query, positive_key, negative_keys)
-    if paired:
-        check_same_count("negative_keys", negative_keys, "query", query)
-        return _paired_info_nce(query, positive_key, negative_keys, scale, reduction)
-    args = OnePositive(query, positive_key, negative_keys, scale, layout=NEGATIVES, reduction=reduction)
-    return _one_positive(args, group, ring)
+    else:
+        check_matrix("negative_keys", negative_keys, 3 if paired else 2)
+        check_same("negative_keys", negative_keys, "query", query)
+        if negative_keys.dtype != query.dtype:
+            query, positive_key, negative_keys = in_one_dtype(query, positive_key, negative_keys)
+        if paired:
+            check_same_count("negative_keys", negative_keys, "query", query)
+            return _paired_info_nce(query, positive_key, negative_keys, scale, reduction)
+        args = OnePositive(query, positive_key, negative_keys, scale, layout=NEGATIVES, reduction=reduction)
+    if scale.dim():  # a temperature per row
+        args = args.with_scaled_rows()
+    return loss_of(args, group, ring)
 
 
 class InfoNCE(nn.Module):
@@ -145,18 +147,14 @@ class InfoNCE(nn.Module):
         )
 
 
-def _one_positive(args: OnePositive, group: dist.ProcessGroup | None = None, ring: bool = False) -> Tensor:
-    return loss_of(args.with_scaled_rows() if args.scale.dim() else args, group, ring)
-
-
-def _queue_info_nce(
+def _with_queue(
     query: Tensor,
     positive: Tensor,
     queue: NegativeQueue,
     scale: Tensor,
     reduction: str,
     query_ids: Tensor | None,
-) -> Tensor:
+) -> OnePositive:
     check_same("negative_keys.keys", queue.keys, "query", query, dtype=False)
     negative_ids = None
     if query_ids is not None:
@@ -164,7 +162,7 @@ def _queue_info_nce(
             raise ValueError("query_ids was given, but the queue was made without with_ids=True")
         query_ids = check_ids("query_ids", query_ids, query)
         negative_ids = check_ids("negative_keys.ids", queue.ids, queue.keys)
-    args = OnePositive(
+    return OnePositive(
         query,
         positive,
         queue.keys,
@@ -175,7 +173,6 @@ def _queue_info_nce(
         normalize_negatives=False,
         reduction=reduction,
     )
-    return _one_positive(args)
 
 
 def _paired_info_nce(

@@ -36,7 +36,8 @@ def save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.mark_non_differentiable(row_state, column_state, weighted)
     frozen = _OF_KEYS if weighted_keys else ()  # the backward pass needs neither them nor their values then
     ctx.frozen = [(name, _Frozen(getattr(problem, name))) for name in frozen]
-    tensors = problem._replace(**dict.fromkeys(frozen))[:PROBLEM_TENSORS]
+    named = zip(Problem._fields[:PROBLEM_TENSORS], problem[:PROBLEM_TENSORS], strict=True)
+    tensors = [None if name in frozen else x for name, x in named]
     more = (*problem.positive_more, *problem.exclude_more)
     ctx.save_for_backward(*tensors, *more, row_state, column_state, weighted)
     ctx.more = len(problem.positive_more)
@@ -143,15 +144,16 @@ def save_one_positive(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     if negatives is not None and not negatives.requires_grad:
         ctx.frozen = _Frozen(negatives), _Frozen(negative_ids)
         negatives = None
-    ctx.save_for_backward(query, positive, negatives, scale, query_ids, *output[1:])
+        negative_ids = None
+    ctx.save_for_backward(query, positive, negatives, scale, query_ids, negative_ids, *output[1:])
     ctx.flags = inputs[ONE_POSITIVE_TENSORS:]
 
 
 def one_positive_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    query, positive, negatives, scale, query_ids, *unit_grads = ctx.saved_tensors
+    query, positive, negatives, scale, query_ids, negative_ids, *unit_grads = ctx.saved_tensors
     inputs = (query, positive, negatives, scale)
     if torch.is_grad_enabled():
-        return _padded(ctx, _second_order_one_positive(ctx, inputs, query_ids, grad_loss))
+        return _padded(ctx, _second_order_one_positive(ctx, inputs, (query_ids, negative_ids), grad_loss))
     return _padded(ctx, _whole_loss_gradient(ctx, inputs, unit_grads, grad_loss))
 
 
@@ -176,10 +178,13 @@ def _whole_loss_gradient(
 
 
 def _second_order_one_positive(
-    ctx: Any, inputs: Sequence[Tensor | None], query_ids: Tensor | None, grad_loss: Tensor
+    ctx: Any,
+    inputs: Sequence[Tensor | None],
+    ids: tuple[Tensor | None, Tensor | None],
+    grad_loss: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """As :func:`_second_order_stats`."""
-    views, negative_ids = _views(inputs), None
+    views, (query_ids, negative_ids) = _views(inputs), ids
     query, positive, negatives, scale = views
     if ctx.frozen is not None:
         negatives, negative_ids = (frozen.get() for frozen in ctx.frozen)

@@ -39,7 +39,7 @@ def _nothing(first: Tensor) -> dict[str, Tensor]:
 class Loss:
     """A loss in one of its forms: fastcl's function, plain PyTorch's twin, and what both take.
 
-    ``name``: what the paper's formula is found by: of the objective, not of the form.
+    ``name``: of the objective, not of the form: of the public function, and of its paper's formula.
     ``inputs``: the tensors that receive gradients, from a case.
     ``keyword``, ``factor``: the argument that scales the logits, and its value for a temperature.
     ``given``: what the loss takes besides, from the first of the inputs.

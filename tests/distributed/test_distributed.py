@@ -70,7 +70,7 @@ def _clip(x, y, factor, _, **options):
 
 
 def _clip_formula(x, y, factor, _, reduction):
-    return formulas.clip(x, y, logit_scale=1 / factor, reduction=reduction)
+    return formulas.clip_loss(x, y, logit_scale=1 / factor, reduction=reduction)
 
 
 def _sup_con(labelled=True, views=2, **chosen):

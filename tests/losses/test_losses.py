@@ -199,7 +199,7 @@ def test_one_tensor_in_two_places_gets_both_gradients(backend):
     for product, formula in (
         (fastcl.nt_xent, lambda a, b: formulas.nt_xent(a, b, temperature=0.5)),
         (fastcl.info_nce, lambda a, b: formulas.info_nce(a, b, temperature=0.1)),
-        (lambda a, b: fastcl.clip_loss(a, b, 10.0), lambda a, b: formulas.clip(a, b, logit_scale=10.0)),
+        (lambda a, b: fastcl.clip_loss(a, b, 10.0), lambda a, b: formulas.clip_loss(a, b, logit_scale=10.0)),
     ):
         (_, got), (_, exact) = (
             testing.value_and_grads(lambda a, f=f: f(2 * a, 2 * a), [x]) for f in (product, formula)

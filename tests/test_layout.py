@@ -1,0 +1,111 @@
+"""The rooms of the package: who may import whom, and how large a file or a function may be."""
+
+import ast
+import importlib.util
+from dataclasses import fields
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import fastcl
+from fastcl.similarity.fields import RUNNING, STATE, STATISTICS, Statistics
+
+ROOT = Path(fastcl.__file__).parent
+KERNELS = Path(importlib.util.find_spec("fastcl.kernels").origin).parent
+HOST_CODE = [*sorted(ROOT.rglob("*.py")), *sorted(KERNELS.glob("*.py"))]
+LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 400, 60
+
+
+def _name(path):
+    """The module in a file of the package."""
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(statements):
+    """Names that are imported as the module is: not those in functions, nor those for types only."""
+    for statement in statements:
+        if isinstance(statement, ast.Import):
+            yield from (alias.name for alias in statement.names)
+        elif isinstance(statement, ast.ImportFrom):
+            for alias in statement.names:
+                yield f"{statement.module}.{alias.name}"
+        elif isinstance(statement, ast.If) and "TYPE_CHECKING" in ast.unparse(statement.test):
+            yield from _imports(statement.orelse)
+        elif not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            for body in ("body", "orelse", "finalbody"):
+                yield from _imports(getattr(statement, body, []))
+
+
+def _graph(sources):
+    """Which modules each module imports; a name in a module stands for the module."""
+    graph = {}
+    for module, source in sources.items():
+        found = set(_imports(ast.parse(source).body))
+        found |= {name.rpartition(".")[0] for name in found if name not in sources}
+        graph[module] = (found & set(sources)) - {module}
+    return graph
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    sources = {_name(path): path.read_text() for path in ROOT.rglob("*.py")}
+    assert {"fastcl.backends.choice", "fastcl.ops.calls"} <= set(sources)
+    graph = _graph(sources)
+    assert "fastcl.ops.schema" in graph["fastcl.ops.autograd"]
+    list(TopologicalSorter(graph).static_order())
+
+
+def test_a_circle_is_found():
+    sources = {
+        "fastcl.a": "from fastcl.b import x",
+        "fastcl.b": "try:\n    from fastcl import c\nfinally: pass",
+        "fastcl.c": "import fastcl.a",
+    }
+    with pytest.raises(CycleError):
+        list(TopologicalSorter(_graph(sources)).static_order())
+    sources["fastcl.c"] = "if TYPE_CHECKING:\n    import fastcl.a\ndef f():\n    import fastcl.a"
+    list(TopologicalSorter(_graph(sources)).static_order())
+
+
+def test_no_room_imports_the_trainers():
+    sources = {_name(path): path.read_text() for path in ROOT.rglob("*.py")}
+    for module, imported in _graph(sources).items():
+        if not module.startswith("fastcl.train"):
+            assert not any(name.startswith("fastcl.train") for name in imported), module
+
+
+@pytest.mark.parametrize("path", HOST_CODE, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_files_and_functions_are_short(path):
+    source = path.read_text()
+    assert len(source.splitlines()) <= LINES_OF_A_FILE
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert _lines(node) <= LINES_OF_A_FUNCTION, node.name
+
+
+def _lines(function):
+    """Lines of a function's code: what its docstring explains at length does not count."""
+    first = function.body[0]
+    documented = isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str)
+    text = first.end_lineno - first.lineno + 1 if documented else 0
+    return function.end_lineno - function.lineno + 1 - text
+
+
+def test_the_order_of_the_statistics_is_said_once():
+    """Where layouts are made and read, no number stands for one."""
+    public = [field.name for field in fields(fastcl.SimilarityStats) if field.name != "columns"]
+    assert public == list(Statistics._fields)
+    readers = [*ROOT.glob("ops/*.py"), *ROOT.glob("distributed/*.py"), *KERNELS.glob("[ls]*.py")]
+    readers += [ROOT / "backends" / f"{name}.py" for name in ("reference", "chunked", "cpu")]
+    layouts = {STATE, STATISTICS, RUNNING, STATE + STATISTICS}
+    for path in readers:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and type(node.value) is int:
+                assert node.value not in layouts, f"{path}:{node.lineno}"
+
+
+def test_every_room_is_packaged():
+    packages = (KERNELS.parent / "pyproject.toml").read_text()
+    for folder in {path.parent for path in ROOT.rglob("*.py")}:
+        assert f'"{_name(folder / "__init__.py")}"' in packages

@@ -2,6 +2,7 @@
 
 from fastcl.backends.choice import show_config, use_backend
 from fastcl.losses.clip import clip_loss
+from fastcl.losses.decoupled import DecoupledLoss, decoupled_loss
 from fastcl.losses.info_nce import InfoNCE, info_nce
 from fastcl.losses.mochi import MochiDraws, mochi_loss
 from fastcl.losses.nt_xent import nt_xent
@@ -14,6 +15,7 @@ from fastcl.similarity.topk import similarity_topk
 from fastcl.version import __version__
 
 __all__ = [
+    "DecoupledLoss",
     "InfoNCE",
     "MochiDraws",
     "NegativeQueue",
@@ -22,6 +24,7 @@ __all__ = [
     "SupConLoss",
     "__version__",
     "clip_loss",
+    "decoupled_loss",
     "info_nce",
     "mochi_loss",
     "momentum_update_",

@@ -3,6 +3,7 @@
 from fastcl.backends.choice import show_config, use_backend
 from fastcl.losses.clip import clip_loss
 from fastcl.losses.decoupled import DecoupledLoss, decoupled_loss
+from fastcl.losses.hard_negative import HardNegativeLoss, hard_negative_loss
 from fastcl.losses.info_nce import InfoNCE, info_nce
 from fastcl.losses.mochi import MochiDraws, mochi_loss
 from fastcl.losses.nt_xent import nt_xent
@@ -16,6 +17,7 @@ from fastcl.version import __version__
 
 __all__ = [
     "DecoupledLoss",
+    "HardNegativeLoss",
     "InfoNCE",
     "MochiDraws",
     "NegativeQueue",
@@ -25,6 +27,7 @@ __all__ = [
     "__version__",
     "clip_loss",
     "decoupled_loss",
+    "hard_negative_loss",
     "info_nce",
     "mochi_loss",
     "momentum_update_",

@@ -50,6 +50,13 @@ def loss_of(
     return reduce(losses, args.reduction)
 
 
+def lse_neg_of(args: WholeLoss, group: dist.ProcessGroup | None = None, ring: bool = False) -> Tensor:
+    """``lse_neg`` (N,) of the statistics that a loss is made of; with ``group`` over all ranks' keys."""
+    problem = args.problem()
+    rows, _ = calls.statistics(problem) if group is None else group_stats(problem, group, ring)
+    return rows.lse_neg
+
+
 def lse_of_others(
     query: Tensor,
     key: Tensor,

@@ -2,11 +2,13 @@
 
 from fastcl.backends.choice import show_config, use_backend
 from fastcl.losses.clip import clip_loss
+from fastcl.losses.concentration import concentration
 from fastcl.losses.decoupled import DecoupledLoss, decoupled_loss
 from fastcl.losses.hard_negative import HardNegativeLoss, hard_negative_loss
 from fastcl.losses.info_nce import InfoNCE, info_nce
 from fastcl.losses.mochi import MochiDraws, mochi_loss
 from fastcl.losses.nt_xent import nt_xent
+from fastcl.losses.prototype import prototype_nce
 from fastcl.losses.sup_con import SupConLoss, sup_con
 from fastcl.memory.momentum import momentum_update_
 from fastcl.memory.queue import NegativeQueue
@@ -26,12 +28,14 @@ __all__ = [
     "SupConLoss",
     "__version__",
     "clip_loss",
+    "concentration",
     "decoupled_loss",
     "hard_negative_loss",
     "info_nce",
     "mochi_loss",
     "momentum_update_",
     "nt_xent",
+    "prototype_nce",
     "show_config",
     "similarity_stats",
     "similarity_topk",

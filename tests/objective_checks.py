@@ -8,7 +8,7 @@ from fastcl import testing
 def rows(*shapes, seed=0, scale=1.0):
     """Independent float64 tensors of the given shapes."""
     source = testing.generator(seed)
-    return [scale * torch.randn(*shape, generator=source, dtype=testing.WIDEST) for shape in shapes]
+    return [scale * torch.randn(shape, generator=source, dtype=testing.WIDEST) for shape in shapes]
 
 
 def check(function, formula, inputs, dtype=None, *, logit=10.0, unit=None):

@@ -10,6 +10,8 @@ from fastcl.losses.mochi import MochiDraws, mochi_loss
 from fastcl.losses.nt_xent import nt_xent
 from fastcl.losses.prototype import prototype_nce
 from fastcl.losses.sup_con import SupConLoss, sup_con
+from fastcl.memory.bank import MemoryBank
+from fastcl.memory.k_means import k_means
 from fastcl.memory.momentum import momentum_update_
 from fastcl.memory.queue import NegativeQueue
 from fastcl.similarity.rules import PairRule
@@ -21,6 +23,7 @@ __all__ = [
     "DecoupledLoss",
     "HardNegativeLoss",
     "InfoNCE",
+    "MemoryBank",
     "MochiDraws",
     "NegativeQueue",
     "PairRule",
@@ -32,6 +35,7 @@ __all__ = [
     "decoupled_loss",
     "hard_negative_loss",
     "info_nce",
+    "k_means",
     "mochi_loss",
     "momentum_update_",
     "nt_xent",

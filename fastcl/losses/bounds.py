@@ -5,7 +5,6 @@ Poole et al. 2019, https://arxiv.org/abs/1905.06922.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from fastcl.similarity.checks import check_pair
 from fastcl.similarity.compiled import anchored
-from fastcl.similarity.numerics import compute_dtype, masked_logsumexp, row_dot, softplus
+from fastcl.similarity.numerics import compute_dtype, log_count, masked_logsumexp, row_dot, softplus
 from fastcl.similarity.rules import PairRule
 from fastcl.similarity.stats import similarity_stats
 
@@ -35,7 +34,7 @@ def info_nce_bound(f: Tensor, g: Tensor) -> Tensor:
         TypeError: dtypes that are not floating, or differ outside autocast.
     """
     critic = _critic(f, g)
-    return math.log(max(f.shape[0], 1)) - softplus(critic.lse_others - critic.joint).mean()
+    return log_count(f.shape[0], critic.joint) - softplus(critic.lse_others - critic.joint).mean()
 
 
 def nwj_bound(f: Tensor, g: Tensor) -> Tensor:
@@ -95,4 +94,4 @@ def _log_mean_of_others(critic: _Critic) -> Tensor:
     """``log(mean_{i != j} exp(l_ij))``; -inf with zero gradient where there is no such pair."""
     count = critic.joint.shape[0]
     lse = critic.lse_others[None]
-    return masked_logsumexp(lse, lse != -torch.inf)[0] - math.log(max(count * (count - 1), 1))
+    return masked_logsumexp(lse, lse != -torch.inf)[0] - log_count(count * (count - 1), lse)

@@ -15,7 +15,7 @@ from fastcl.distributed.gather import row_counts
 from fastcl.losses._scope import check_scope, lse_of_others, reduce_over
 from fastcl.similarity.checks import check_number, check_pair, inverse_scalar
 from fastcl.similarity.compiled import anchored
-from fastcl.similarity.numerics import compute_dtype, row_dot, softplus, unit_rows
+from fastcl.similarity.numerics import compute_dtype, log_count, row_dot, softplus, unit_rows
 
 
 def hard_negative_loss(
@@ -61,16 +61,16 @@ def hard_negative_loss(
     dtype = compute_dtype(z1.dtype)  # rows enter twice, and their gradients should round once
     z1, z2 = anchored(z1).to(dtype), anchored(z2).to(dtype)
     samples = z1.shape[0] if group is None else sum(row_counts(z1, group))
-    log_count = math.log(max(2 * samples - 2, 1))
     positive = (row_dot(unit_rows(z1), unit_rows(z2)) * scale.to(dtype)).repeat(2)
     z = torch.cat([z1, z2])
+    log_n = log_count(2 * samples - 2, z)
     ids = torch.arange(z1.shape[0], device=z.device).repeat(2)
     lse = lse_of_others(z, z, (ids, ids), scale * (1 + beta), group, ring)
     empty = lse == -torch.inf
-    lse_weights = log_count if beta == 0 else lse_of_others(z, z, (ids, ids), scale * beta, group, ring)
+    lse_weights = log_n if beta == 0 else lse_of_others(z, z, (ids, ids), scale * beta, group, ring)
     excess = (lse - lse_weights).masked_fill(empty, 0.0) - positive
     excess = torch.maximum(_debiased(excess, tau_plus), -scale.to(dtype) - positive)
-    losses = softplus(excess + log_count).masked_fill(empty, 0.0)
+    losses = softplus(excess + log_n).masked_fill(empty, 0.0)
     return reduce_over(losses, reduction, group)
 
 

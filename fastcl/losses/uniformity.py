@@ -5,8 +5,6 @@ Wang and Isola 2020, https://arxiv.org/abs/2005.10242.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,7 +12,7 @@ from torch import Tensor
 from fastcl.distributed.gather import check_group, gather_rows, row_counts
 from fastcl.similarity.checks import check_matrix, scalar
 from fastcl.similarity.compiled import anchored
-from fastcl.similarity.numerics import compute_dtype, masked_logsumexp, row_dot
+from fastcl.similarity.numerics import compute_dtype, log_count, masked_logsumexp, row_dot
 from fastcl.similarity.rules import PairRule
 from fastcl.similarity.stats import similarity_stats
 
@@ -62,7 +60,7 @@ def uniformity(x: Tensor, t: float | Tensor = 2.0, *, group: dist.ProcessGroup |
     lse = _log_total(lse - weight * row_dot(rows, rows))
     if group is not None:
         lse = _log_total(gather_rows(lse[None], [1] * dist.get_world_size(group), group))
-    return lse - math.log(total * (total - 1)) if total > 1 else lse.masked_fill(lse == -torch.inf, 0.0)
+    return (lse - log_count(total * (total - 1), lse)).masked_fill(lse == -torch.inf, 0.0)
 
 
 def _log_total(exponents: Tensor) -> Tensor:

@@ -124,3 +124,21 @@ def test_frozen_sides_cost_no_gradient(name):
     torch.testing.assert_close(inputs[0].grad, grads[0])
     with torch.no_grad():
         assert not function(*inputs).requires_grad
+
+
+@every_objective
+def test_one_graph_serves_all_batch_sizes(name):
+    function, shapes = OBJECTIVES[name]
+    torch._dynamo.reset()
+    graphs = []
+
+    def counted(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counted)
+    for count in (6, 9, 12):
+        batch = shapes if name == "prototype_nce" else [(count, width) for _, width in shapes]
+        inputs = rows(*batch)
+        torch.testing.assert_close(compiled(*inputs), function(*inputs))
+    assert len(graphs) == 1

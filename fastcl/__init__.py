@@ -1,11 +1,20 @@
 """Contrastive losses as fused kernels: exact, in linear memory, one import away."""
 
 from fastcl.backends.choice import show_config, use_backend
+from fastcl.losses.alignment import alignment
+from fastcl.losses.bounds import donsker_varadhan_bound, info_nce_bound, nwj_bound
 from fastcl.losses.clip import clip_loss
+from fastcl.losses.concentration import concentration
+from fastcl.losses.decoupled import DecoupledLoss, decoupled_loss
+from fastcl.losses.hard_negative import HardNegativeLoss, hard_negative_loss
 from fastcl.losses.info_nce import InfoNCE, info_nce
 from fastcl.losses.mochi import MochiDraws, mochi_loss
 from fastcl.losses.nt_xent import nt_xent
+from fastcl.losses.prototype import prototype_nce
 from fastcl.losses.sup_con import SupConLoss, sup_con
+from fastcl.losses.uniformity import uniformity
+from fastcl.memory.bank import MemoryBank
+from fastcl.memory.k_means import k_means
 from fastcl.memory.momentum import momentum_update_
 from fastcl.memory.queue import NegativeQueue
 from fastcl.similarity.rules import PairRule
@@ -14,21 +23,34 @@ from fastcl.similarity.topk import similarity_topk
 from fastcl.version import __version__
 
 __all__ = [
+    "DecoupledLoss",
+    "HardNegativeLoss",
     "InfoNCE",
+    "MemoryBank",
     "MochiDraws",
     "NegativeQueue",
     "PairRule",
     "SimilarityStats",
     "SupConLoss",
     "__version__",
+    "alignment",
     "clip_loss",
+    "concentration",
+    "decoupled_loss",
+    "donsker_varadhan_bound",
+    "hard_negative_loss",
     "info_nce",
+    "info_nce_bound",
+    "k_means",
     "mochi_loss",
     "momentum_update_",
     "nt_xent",
+    "nwj_bound",
+    "prototype_nce",
     "show_config",
     "similarity_stats",
     "similarity_topk",
     "sup_con",
+    "uniformity",
     "use_backend",
 ]

@@ -6,11 +6,12 @@ He et al. 2020, https://arxiv.org/abs/1911.05722.
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastcl.distributed.gather import group_reduce
-from fastcl.losses._scope import check_scope, loss_of
+from fastcl.losses._scope import check_scope, loss_of, lse_neg_of, reduce_over
 from fastcl.losses.families.one_positive import BATCH, NEGATIVES, OnePositive
 from fastcl.memory.queue import NegativeQueue
 from fastcl.similarity.checks import (
@@ -26,8 +27,9 @@ from fastcl.similarity.compiled import anchored
 from fastcl.similarity.numerics import (
     compute_dtype,
     inverse_norms,
+    logaddexp,
+    masked_logsumexp,
     product,
-    reduce,
     row_dot,
     softplus,
     unit_rows,
@@ -45,6 +47,8 @@ def info_nce(
     negative_mode: str = "unpaired",
     *,
     query_ids: Tensor | None = None,
+    normalize: bool = True,
+    in_batch: bool = False,
     group: dist.ProcessGroup | None = None,
     ring: bool = False,
 ) -> Tensor:
@@ -64,11 +68,15 @@ def info_nce(
         reduction: 'mean', 'sum' or 'none'.
         negative_mode: 'unpaired' or 'paired'.
         query_ids: (N,) integers; the queue's keys with the same id are excluded.
+        normalize: divide rows by their L2 norm first; False: all are used as they are.
+        in_batch: besides ``negative_keys`` the other queries' positives are negatives too, as in supervised
+            SimCSE, Gao et al. 2021, https://arxiv.org/abs/2104.08821.
         group: a ``torch.distributed`` process group. The loss is that of the whole batch, all ranks' rows in
-            rank order; each rank passes its own, and may pass any number. Without ``negative_keys`` all
-            ranks' positives are negatives; so are all ranks' unpaired ``negative_keys``. Paired ones and a
-            queue (the same on every rank) serve their rank's queries only. All ranks make the same
-            calls, with gradients for the same inputs; second derivatives raise.
+            rank order; each rank passes its own, and may pass any number. Without ``negative_keys``, and
+            with ``in_batch``, all ranks' positives are negatives; so are all ranks' unpaired
+            ``negative_keys``. Paired ones and a queue (the same on every rank) serve their rank's queries
+            only. All ranks make the same calls, with gradients for the same inputs; second derivatives
+            raise.
         ring: with ``group``, pass keys from rank to rank instead of gathering them: never more than two
             ranks' keys in memory, the same result.
 
@@ -88,32 +96,43 @@ def info_nce(
     check_choice("negative_mode", negative_mode, ("unpaired", "paired"))
     check_scope(reduction, group, ring)
     query, positive_key = check_pair("query", query, "positive_key", positive_key)
-    paired = negative_keys is not None and negative_mode == "paired"
-    if group is not None and (paired or isinstance(negative_keys, NegativeQueue)):
+    paired = isinstance(negative_keys, Tensor) and negative_mode == "paired"
+    of_this_rank = paired or isinstance(negative_keys, NegativeQueue)
+    if group is not None and of_this_rank and not in_batch:
         own = "none" if reduction == "none" else "sum"
         losses = info_nce(
-            query, positive_key, negative_keys, temperature, own, negative_mode, query_ids=query_ids
+            query,
+            positive_key,
+            negative_keys,
+            temperature,
+            own,
+            negative_mode,
+            query_ids=query_ids,
+            normalize=normalize,
         )
         return group_reduce(losses, query.shape[0], reduction, group)
     scale = inverse_scalar("temperature", temperature, query, per_row=True)
+    args = OnePositive(
+        query, positive_key, None, scale, layout=BATCH, normalize=normalize, reduction=reduction
+    )
     if isinstance(negative_keys, NegativeQueue):
-        args = _with_queue(query, positive_key, negative_keys, scale, reduction, query_ids)
+        args = _with_queue(args, negative_keys, query_ids)
     elif query_ids is not None:
         raise ValueError("query_ids excludes negatives by id, but negative_keys carries no ids")
-    elif negative_keys is None:
-        args = OnePositive(query, positive_key, None, scale, layout=BATCH, reduction=reduction)
+    elif negative_keys is not None:
+        args = _with_negatives(args, negative_keys, paired)
+    # a whole-loss op takes negatives that are used as they are for constants, as a queue's
+    whole = not (paired or in_batch) and (normalize or of_this_rank)
+    if negative_keys is None or whole:
+        return loss_of(_with_scaled_rows(args), group, ring)
+    args = _with_scaled_rows(args.in_compute_dtype())
+    if paired:
+        lse_neg = _paired_lse(args)
     else:
-        check_matrix("negative_keys", negative_keys, 3 if paired else 2)
-        check_same("negative_keys", negative_keys, "query", query)
-        if negative_keys.dtype != query.dtype:
-            query, positive_key, negative_keys = in_one_dtype(query, positive_key, negative_keys)
-        if paired:
-            check_same_count("negative_keys", negative_keys, "query", query)
-            return _paired_info_nce(query, positive_key, negative_keys, scale, reduction)
-        args = OnePositive(query, positive_key, negative_keys, scale, layout=NEGATIVES, reduction=reduction)
-    if scale.dim():  # a temperature per row
-        args = args.with_scaled_rows()
-    return loss_of(args, group, ring)
+        lse_neg = lse_neg_of(args) if of_this_rank else lse_neg_of(args, group, ring)
+    if in_batch:
+        lse_neg = logaddexp(lse_neg, lse_neg_of(_batch_of(args), group, ring))
+    return reduce_over(_losses(args, lse_neg), reduction, group)
 
 
 class InfoNCE(nn.Module):
@@ -123,15 +142,25 @@ class InfoNCE(nn.Module):
         temperature: as :func:`fastcl.info_nce` takes it.
         reduction: 'mean', 'sum' or 'none'.
         negative_mode: 'unpaired' or 'paired'.
+        normalize: divide rows by their L2 norm first.
+        in_batch: the other queries' positives are negatives besides the given ones.
     """
 
     def __init__(
-        self, temperature: float | Tensor = 0.1, reduction: str = "mean", negative_mode: str = "unpaired"
+        self,
+        temperature: float | Tensor = 0.1,
+        reduction: str = "mean",
+        negative_mode: str = "unpaired",
+        *,
+        normalize: bool = True,
+        in_batch: bool = False,
     ) -> None:
         super().__init__()
         self.temperature = temperature
         self.reduction = reduction
         self.negative_mode = negative_mode
+        self.normalize = normalize
+        self.in_batch = in_batch
 
     def forward(
         self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | NegativeQueue | None = None
@@ -144,45 +173,67 @@ class InfoNCE(nn.Module):
             temperature=self.temperature,
             reduction=self.reduction,
             negative_mode=self.negative_mode,
+            normalize=self.normalize,
+            in_batch=self.in_batch,
         )
 
 
-def _with_queue(
-    query: Tensor,
-    positive: Tensor,
-    queue: NegativeQueue,
-    scale: Tensor,
-    reduction: str,
-    query_ids: Tensor | None,
-) -> OnePositive:
-    check_same("negative_keys.keys", queue.keys, "query", query, dtype=False)
+def _with_scaled_rows(args: OnePositive) -> OnePositive:
+    return args.with_scaled_rows() if args.scale.dim() else args
+
+
+def _with_negatives(args: OnePositive, negatives: Tensor, paired: bool) -> OnePositive:
+    check_matrix("negative_keys", negatives, 3 if paired else 2)
+    check_same("negative_keys", negatives, "query", args.query)
+    query, positive = args.query, args.positive
+    if negatives.dtype != query.dtype:
+        query, positive, negatives = in_one_dtype(query, positive, negatives)
+    if paired:
+        check_same_count("negative_keys", negatives, "query", query)
+    return args._replace(
+        query=query,
+        positive=positive,
+        negatives=negatives,
+        layout=NEGATIVES,
+        normalize_negatives=args.normalize,
+    )
+
+
+def _with_queue(args: OnePositive, queue: NegativeQueue, query_ids: Tensor | None) -> OnePositive:
+    check_same("negative_keys.keys", queue.keys, "query", args.query, dtype=False)
     negative_ids = None
     if query_ids is not None:
         if queue.ids is None:
             raise ValueError("query_ids was given, but the queue was made without with_ids=True")
-        query_ids = check_ids("query_ids", query_ids, query)
+        query_ids = check_ids("query_ids", query_ids, args.query)
         negative_ids = check_ids("negative_keys.ids", queue.ids, queue.keys)
-    return OnePositive(
-        query,
-        positive,
-        queue.keys,
-        scale,
-        query_ids,
-        negative_ids,
+    return args._replace(
+        negatives=queue.keys,
+        query_ids=query_ids,
+        negative_ids=negative_ids,
         layout=NEGATIVES,
         normalize_negatives=False,
-        reduction=reduction,
     )
 
 
-def _paired_info_nce(
-    query: Tensor, positive: Tensor, negatives: Tensor, scale: Tensor, reduction: str
-) -> Tensor:
+def _batch_of(args: OnePositive) -> OnePositive:
+    """The same queries among all positives, without the given negatives."""
+    return args._replace(negatives=None, query_ids=None, negative_ids=None, layout=BATCH)
+
+
+def _paired_lse(args: OnePositive) -> Tensor:
     """Each row has its own negatives: their logits are D times smaller than the input, plain torch serves."""
-    with without_autocast(query.device):
-        query, positive = unit_rows(anchored(query)), unit_rows(anchored(positive))
-        negatives = anchored(negatives).to(compute_dtype(negatives.dtype))
-        scale = scale.to(query.dtype)
+    assert args.negatives is not None
+    with without_autocast(args.query.device):
+        query = unit_rows(args.query, args.normalize)
+        negatives = anchored(args.negatives).to(compute_dtype(args.negatives.dtype))
         dots = product(negatives, query[:, :, None]).squeeze(-1)  # [N, M]
-        lse_neg = (scale * dots * inverse_norms(negatives).squeeze(-1)).logsumexp(dim=1)
-        return reduce(softplus(lse_neg - scale.flatten() * row_dot(query, positive)), reduction)
+        if args.normalize_negatives:
+            dots = dots * inverse_norms(negatives).squeeze(-1)
+        logits = args.scale.to(query.dtype) * dots
+        return masked_logsumexp(logits, torch.ones_like(logits, dtype=torch.bool))
+
+
+def _losses(args: OnePositive, lse_neg: Tensor) -> Tensor:
+    query, positive = unit_rows(args.query, args.normalize), unit_rows(args.positive, args.normalize)
+    return softplus(lse_neg - args.scale.to(query.dtype) * row_dot(query, positive))

@@ -92,6 +92,15 @@ def check_vector(name: str, x: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name} must be on {like.device} like the keys, got {x.device}")
 
 
+def check_number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
+    """``value`` as a float; raise unless it is a finite number, ``low <= value < high``."""
+    number = _finite(name, value)
+    if not low <= number < high:
+        expected = f"at least {low:g}" + (f" and below {high:g}" if high < math.inf else "")
+        raise ValueError(f"{name} must be {expected}, got {value}")
+    return number
+
+
 def scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     """``value`` as a 0-d tensor beside ``like``: float64, or float32 beside GPU float inputs.
 

@@ -77,6 +77,11 @@ def masked_logsumexp(logits: Tensor, mask: Tensor) -> Tensor:
     return kept.logsumexp(dim=1).masked_fill(empty, -torch.inf)
 
 
+def log_count(count: int, like: Tensor) -> Tensor:
+    """``log(count)``, and 0 of nothing, 0-d beside ``like``; a graph takes it for no constant."""
+    return (torch.ones((), dtype=like.dtype, device=like.device) * max(count, 1)).log()
+
+
 def inverse_norms(x: Tensor, eps: float | Tensor = NORM_EPS) -> Tensor:
     """``1 / max(norm, eps)`` per row, shape (..., 1); 0 for a zero row, which so stays zero.
 

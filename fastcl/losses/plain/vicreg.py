@@ -39,7 +39,7 @@ def vicreg_loss(
 
     Returns:
         The loss, (); float64 for float64 inputs, else float32. A single row has no variance; the mean of
-        no rows is NaN. Takes the smaller of N x N and D x D memory where 2N <= D, else D x D.
+        no rows is NaN. Takes N x N memory where 2N <= D, else D x D.
 
     Raises:
         ValueError: shapes or devices that do not fit; a weight that is not finite.

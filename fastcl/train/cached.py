@@ -69,7 +69,7 @@ def cached_step(
         for chunk in inputs:
             starts.append(_random_state())
             outputs.append(_Output(encoder(chunk)))
-    torch.clear_autocast_cache()  # which holds the weights as this pass cast them: without gradient
+    torch.clear_autocast_cache()  # in some versions of torch the weights it holds are now without gradient
     embeddings = outputs[0].concatenated(outputs)
     value = _checked_loss(loss(outputs[0].rebuilt(embeddings)))
     with without_autocast(value.device):

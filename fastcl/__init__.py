@@ -10,6 +10,11 @@ from fastcl.losses.hard_negative import HardNegativeLoss, hard_negative_loss
 from fastcl.losses.info_nce import InfoNCE, info_nce
 from fastcl.losses.mochi import MochiDraws, mochi_loss
 from fastcl.losses.nt_xent import nt_xent
+from fastcl.losses.plain.barlow_twins import BarlowTwinsLoss, barlow_twins_loss
+from fastcl.losses.plain.club import club_bound
+from fastcl.losses.plain.negative_cosine import negative_cosine
+from fastcl.losses.plain.pair_margin import pair_margin_loss
+from fastcl.losses.plain.vicreg import VICRegLoss, vicreg_loss
 from fastcl.losses.prototype import prototype_nce
 from fastcl.losses.sup_con import SupConLoss, sup_con
 from fastcl.losses.uniformity import uniformity
@@ -23,6 +28,7 @@ from fastcl.similarity.topk import similarity_topk
 from fastcl.version import __version__
 
 __all__ = [
+    "BarlowTwinsLoss",
     "DecoupledLoss",
     "HardNegativeLoss",
     "InfoNCE",
@@ -32,9 +38,12 @@ __all__ = [
     "PairRule",
     "SimilarityStats",
     "SupConLoss",
+    "VICRegLoss",
     "__version__",
     "alignment",
+    "barlow_twins_loss",
     "clip_loss",
+    "club_bound",
     "concentration",
     "decoupled_loss",
     "donsker_varadhan_bound",
@@ -44,8 +53,10 @@ __all__ = [
     "k_means",
     "mochi_loss",
     "momentum_update_",
+    "negative_cosine",
     "nt_xent",
     "nwj_bound",
+    "pair_margin_loss",
     "prototype_nce",
     "show_config",
     "similarity_stats",
@@ -53,4 +64,5 @@ __all__ = [
     "sup_con",
     "uniformity",
     "use_backend",
+    "vicreg_loss",
 ]

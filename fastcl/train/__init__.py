@@ -5,6 +5,7 @@ try:
 
     ensure_torchvision()
 
+    from fastcl.train.cached import cached_step
     from fastcl.train.checkpoints import export
     from fastcl.train.encoders import make_encoder
     from fastcl.train.methods.mochi import MoCHi
@@ -25,6 +26,7 @@ __all__ = [
     "RunStoppedError",
     "SimCLR",
     "SupCon",
+    "cached_step",
     "export",
     "make_encoder",
     "prepare",

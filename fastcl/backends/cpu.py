@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcl.backends import native, reference
-from fastcl.backends.base import Backend, Request
+from fastcl.backends.base import Backend, Request, no_kernel_for
 from fastcl.losses.families.many_positives import ManyPositives
 from fastcl.losses.families.mochi import Mochi
 from fastcl.losses.families.one_positive import OnePositive
@@ -18,7 +18,7 @@ _native = torch.ops.fastcl_native
 
 def unsupported_reasons(request: Request) -> list[str]:
     """What keeps the kernels from serving ``request``."""
-    reasons = []
+    reasons = no_kernel_for(request)
     if request.device.type != "cpu":
         reasons.append(f"inputs are on {request.device}, it takes CPU tensors")
     return reasons

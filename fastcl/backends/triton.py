@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastcl.backends.base import Backend, Outputs, Request
+from fastcl.backends.base import Backend, Outputs, Request, no_kernel_for
 from fastcl.losses.families.mochi import Mochi
 from fastcl.losses.families.one_positive import OnePositive
 from fastcl.similarity.problem import Needs, Problem, TopK
@@ -33,7 +33,7 @@ def missing_reason() -> str | None:
 
 def unsupported_reasons(request: Request) -> list[str]:
     """What keeps the kernels from serving ``request``."""
-    reasons = []
+    reasons = no_kernel_for(request)
     wanted = "cpu" if is_interpreted() else "cuda"
     if request.device.type != wanted:
         reasons.append(f"inputs are on {request.device}, it takes {wanted} tensors")

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastcl.ops import calls
 from fastcl.similarity.checks import check_matrix, check_same, check_vector, in_one_dtype, scalar
-from fastcl.similarity.numerics import logaddexp, matmul_precision_level
+from fastcl.similarity.fields import Statistics
+from fastcl.similarity.numerics import logaddexp, masked_logsumexp, matmul_precision_level, softplus
 from fastcl.similarity.problem import Problem
 from fastcl.similarity.rules import ALL_NEGATIVE, PairRule, check_rule
 
@@ -56,6 +57,57 @@ class SimilarityStats:
             pos_count=self.pos_count + other.pos_count,
             max_neg=torch.maximum(self.max_neg, other.max_neg),
         )
+
+    def join(self, *, negatives: Tensor | None = None, positives: Tensor | None = None) -> SimilarityStats:
+        """Statistics with each row's own logits, already scaled, added to its negatives and positives.
+
+        Args:
+            negatives: (N, k) logits, differentiable; -inf is padding and not counted.
+            positives: the same.
+
+        Raises:
+            ValueError: another row count, or these statistics have columns.
+        """
+        if self.columns is not None:
+            raise ValueError("logits cannot be joined to statistics with columns: they belong to no key")
+        fields = {name: getattr(self, name) for name in Statistics._fields}
+        for name, logits in (("negatives", negatives), ("positives", positives)):
+            if logits is None:
+                continue
+            check_matrix(name, logits)
+            if logits.shape[0] != self.lse_neg.shape[0]:
+                raise ValueError(
+                    f"{name} must have a row of logits per row: expected ({self.lse_neg.shape[0]}, k), "
+                    f"got {tuple(logits.shape)}"
+                )
+            logits = logits.to(self.lse_neg.dtype)
+            given = logits != -torch.inf
+            lse = masked_logsumexp(logits, given)
+            if name == "negatives":
+                fields["lse_neg"] = logaddexp(self.lse_neg, lse)
+                largest = torch.nn.functional.pad(logits.detach(), (0, 1), value=-torch.inf).amax(dim=1)
+                fields["max_neg"] = torch.maximum(self.max_neg, largest)
+                continue
+            fields["lse_pos"] = logaddexp(self.lse_pos, lse)
+            fields["pos_sum"] = self.pos_sum + logits.masked_fill(~given, 0.0).sum(dim=1)
+            fields["pos_count"] = self.pos_count + given.sum(dim=1).to(self.pos_count.dtype)
+        return SimilarityStats(**fields)
+
+    def any_positive(self) -> Tensor:
+        """``softplus(lse_neg - lse_pos)``: that any positive is picked; 0 without positives. (N,)."""
+        losses = softplus(self.lse_neg - self.lse_pos.masked_fill(self.pos_count == 0, 0.0))
+        return losses.where(self.pos_count > 0, 0.0)
+
+    def each_positive(self) -> Tensor:
+        """``LSE - pos_sum / pos_count``: the mean over positives; 0 without positives. (N,)."""
+        losses = logaddexp(self.lse_neg, self.lse_pos) - self.pos_sum / self.pos_count.clamp_min(1)
+        return losses.where(self.pos_count > 0, 0.0)
+
+    def decoupled(self) -> Tensor:
+        """``lse_neg - pos_sum / pos_count``; 0 without positives or without negatives. (N,)."""
+        kept = (self.pos_count > 0) & (self.lse_neg != -torch.inf)
+        lse_neg = self.lse_neg.masked_fill(~kept, 0.0)
+        return (lse_neg - self.pos_sum / self.pos_count.clamp_min(1)).where(kept, 0.0)
 
 
 def similarity_stats(

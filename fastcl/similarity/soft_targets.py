@@ -1,0 +1,173 @@
+"""Cross-entropy between two softmaxes over the same keys, and targets under which keys are used equally."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastcl.backends.reference import pair_masks
+from fastcl.distributed.gather import check_group, gather_rows, group_reduce
+from fastcl.similarity.by_rows import by_rows
+from fastcl.similarity.checks import (
+    check_matrix,
+    check_reduction,
+    check_same,
+    check_same_count,
+    check_vector,
+    inverse_scalar,
+)
+from fastcl.similarity.numerics import (
+    compute_dtype,
+    masked_logsumexp,
+    product,
+    reduce,
+    unit_rows,
+    without_autocast,
+)
+from fastcl.similarity.problem import Problem
+from fastcl.similarity.rules import ALL_NEGATIVE, PairRule, check_rule
+from fastcl.similarity.stats import similarity_stats
+
+
+def soft_cross_entropy(
+    query: Tensor,
+    key: Tensor,
+    target_query: Tensor,
+    target_key: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    target_temperature: float | Tensor = 0.05,
+    target_bias: Tensor | None = None,
+    rule: PairRule = ALL_NEGATIVE,
+    normalize: bool = True,
+    reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """``-sum_j q_ij log p_ij``: how far a softmax over keys is from a target softmax over the same keys.
+
+    ``p_i = softmax_j(<query_i, key_j> / temperature)`` and
+    ``q_i = softmax_j(<target_query_i, target_key_j> / target_temperature + target_bias_j)``, excluded keys
+    in neither. Targets are constants. DINO (Caron et al. 2021, https://arxiv.org/abs/2104.14294), SwAV
+    (Caron et al. 2020, https://arxiv.org/abs/2006.09882). Linear memory: both softmaxes are formed a chunk
+    of rows at a time, and again in the backward pass. There is no fused kernel for it yet.
+
+    Args:
+        query: (N, D), or (V, N, D): V views of each row, which share its target.
+        key: (K, D), same dtype.
+        target_query: (N, E), or (T, N, E): the target is the mean of the T softmaxes.
+        target_key: (K, E).
+        temperature: a finite non-zero number, or a tensor of one element, which then receives its gradient.
+        target_temperature: the same, a constant.
+        target_bias: (K,); DINO's centre is ``-center / target_temperature``.
+        rule: excluded pairs take part in neither softmax.
+        normalize: divide the rows of all four by their L2 norms first.
+        reduction: 'mean', 'sum' or 'none'.
+        group: the loss is over all ranks' rows; keys are the same on every rank.
+        backend: 'auto', or a name as in :func:`fastcl.use_backend`.
+
+    Returns:
+        The loss; with 'none' (N,), or (V, N). A row without keys gives 0.
+
+    Raises:
+        TypeError, ValueError: as :func:`fastcl.similarity_stats`; other counts of rows or of keys.
+    """
+    check_reduction(reduction)
+    check_group(group, False)
+    for name, x in (("query", query), ("target_query", target_query)):
+        check_matrix(name, x, (2, 3))
+    for name, x in (("key", key), ("target_key", target_key)):
+        check_matrix(name, x)
+    check_same("key", key, "query", query)
+    check_same("target_key", target_key, "target_query", target_query)
+    check_same_count("target_key", target_key, "key", key)
+    views = query if query.dim() == 3 else query[None]
+    teachers = (target_query if target_query.dim() == 3 else target_query[None]).detach()
+    check_same_count("target_query", teachers[0], "query", views[0])
+    if target_bias is not None:
+        check_vector("target_bias", target_bias, target_key)
+        target_bias = target_bias.detach()
+    check_rule(rule, views[0], key)
+    scale = inverse_scalar("temperature", temperature, query)
+    target_scale = inverse_scalar("target_temperature", target_temperature, target_query).detach()
+    target_key = target_key.detach()
+    problem = Problem(views[0], key, scale, **rule.fields())
+    dtype = compute_dtype(query.dtype)
+
+    def logits_of(rows: Tensor, keys: Tensor, factor: Tensor) -> Tensor:
+        x, y = unit_rows(rows, normalize), unit_rows(keys, normalize)
+        return product(x.to(dtype), y.to(dtype).T) * factor.to(dtype)
+
+    def of_rows(rows: slice) -> Tensor:
+        with without_autocast(query.device):
+            negative, positive = pair_masks(problem, rows)
+            kept = negative | positive
+            targets = []
+            for teacher in teachers:
+                logits = logits_of(teacher[rows], target_key, target_scale)
+                logits = logits if target_bias is None else logits + target_bias.to(dtype)
+                lse = masked_logsumexp(logits, kept)[:, None]
+                targets.append((logits - lse).exp().where(kept, 0.0))
+            target = torch.stack(targets).mean(dim=0)
+            losses = []
+            for view in views:
+                logits = logits_of(view[rows], key, scale)
+                lse = masked_logsumexp(logits, kept)[:, None].where(kept, 0.0)
+                losses.append((target * (lse - logits).where(kept, 0.0)).sum(dim=1))
+            return torch.stack(losses)
+
+    losses = by_rows("soft_cross_entropy", of_rows, views[0], key.shape[0], backend)
+    losses = losses if query.dim() == 3 else losses[0]
+    return reduce(losses, reduction) if group is None else _over_ranks(losses, reduction, group)
+
+
+def _over_ranks(losses: Tensor, reduction: str, group: dist.ProcessGroup) -> Tensor:
+    return losses if reduction == "none" else group_reduce(losses.flatten(), losses.numel(), reduction, group)
+
+
+@torch.no_grad()
+def sinkhorn(
+    query: Tensor,
+    key: Tensor,
+    *,
+    temperature: float | Tensor = 0.05,
+    steps: int = 3,
+    normalize: bool = True,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """The ``target_bias`` (K,) under which every key is about equally often the target.
+
+    Sinkhorn and Knopp's iteration on the potentials, which cannot overflow; at the same temperature equal
+    to SwAV's (Caron et al. 2020, https://arxiv.org/abs/2006.09882). Defined up to a constant, without gradient.
+
+    Args:
+        query: (N, D), any floating dtype.
+        key: (K, D), same dtype.
+        temperature: a finite non-zero number, or a tensor of one element.
+        steps: rounds, at least 1.
+        normalize: divide rows by their L2 norm first.
+        group: the rows are all ranks'; keys are the same on every rank.
+
+    Raises:
+        TypeError, ValueError: as :func:`fastcl.similarity_stats`; steps that is not a positive int.
+    """
+    check_matrix("query", query)
+    check_matrix("key", key)
+    check_same("key", key, "query", query)
+    check_group(group, False)
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"steps must be an int, got {type(steps).__name__}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    scale = inverse_scalar("temperature", temperature, query)
+    options = {"scale": scale, "normalize": normalize}
+    of_rows = torch.zeros(query.shape[0], dtype=compute_dtype(query.dtype), device=query.device)
+    for step in range(steps):
+        lse = similarity_stats(key, query, key_bias=of_rows, **options).lse_neg
+        if group is not None:
+            lse = gather_rows(lse[None], [1] * dist.get_world_size(group), group).logsumexp(dim=0)
+        of_keys = -lse
+        if step + 1 < steps:
+            of_rows = -similarity_stats(query, key, key_bias=of_keys, **options).lse_neg
+    return of_keys

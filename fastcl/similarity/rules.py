@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
@@ -44,10 +44,17 @@ class PairRule:
     _: KW_ONLY
     within: Any = None
     exclude_keys: Tensor | None = None
+    positive_sets: PairSets = field(init=False, repr=False)
+    exclude_sets: PairSets = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("positive", "exclude"):
-            object.__setattr__(self, name, _pair_sets(f"rule.{name}", getattr(self, name)))
+            given = getattr(self, name)
+            sets = _pair_sets(f"rule.{name}", given)
+            object.__setattr__(self, f"{name}_sets", sets)
+            if given is not None:
+                one = isinstance(given, Tensor) or _is_pair(given)
+                object.__setattr__(self, name, sets[0] if one else list(sets))
         if self.within is not None:
             object.__setattr__(self, "within", _ids_pair("rule.within", self.within))
         keys = self.exclude_keys
@@ -60,7 +67,7 @@ class PairRule:
 
     def is_symmetric(self) -> bool:
         """Whether both sides carry the same id tensors, and nothing else is said."""
-        sets = (*self.positive, *self.exclude, *(() if self.within is None else (self.within,)))
+        sets = (*self.positive_sets, *self.exclude_sets, *(() if self.within is None else (self.within,)))
         return self.exclude_keys is None and all(
             isinstance(pairs, tuple) and pairs[0] is pairs[1] for pairs in sets
         )
@@ -68,7 +75,7 @@ class PairRule:
     def check_against(self, query: Tensor, key: Tensor) -> None:
         """Raise ValueError unless the rule fits the (N, D) query and (M, D) key."""
         for name in ("positive", "exclude"):
-            for pairs in getattr(self, name):
+            for pairs in getattr(self, f"{name}_sets"):
                 _check_set(f"rule.{name}", pairs, query, key)
         if self.within is not None:
             _check_set("rule.within", self.within, query, key)
@@ -91,9 +98,9 @@ class PairRule:
 
     def fields(self) -> dict[str, Any]:
         """What a statistics call takes of the rule: see :class:`fastcl.similarity.problem.Problem`."""
-        exclude, exclude_more = _first_ids(self.exclude)
+        exclude, exclude_more = _first_ids(self.exclude_sets)
         positive, positive_more = (
-            _first_ids(self.positive) if len(self.positive) == 1 else (None, self.positive)
+            _first_ids(self.positive_sets) if len(self.positive_sets) == 1 else (None, self.positive_sets)
         )
         return {
             **_sides("positive", positive),

@@ -59,9 +59,9 @@ def similarity_topk(
     check_rule(rule, query, key)
     if below is not None:
         below = _bounds(below, query)
-    exclude, only, within = rule.exclude, rule.positive if among == "positive" else (), rule.within
+    exclude, only, within = rule.exclude_sets, rule.positive_sets if among == "positive" else (), rule.within
     if among == "negative":
-        exclude = (*exclude, *rule.positive)
+        exclude = (*exclude, *rule.positive_sets)
     if among == "positive" and not only:
         exclude = (*exclude, _every_pair(query, key))
     within_query, within_key = within or (None, None)

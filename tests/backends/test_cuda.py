@@ -28,9 +28,9 @@ def request(samples=64, device="cuda", dtype=torch.float32, reduction="mean", ne
     return Request(torch.device(device), dtype, loss=args)
 
 
-def sup_con_request(samples=64, reduction="none", positive_table=None):
+def sup_con_request(samples=64, reduction="none", positive_mask=None):
     z = torch.empty(samples, 8, device="meta")
-    args = ManyPositives(z, None, torch.ones(()), z, reduction=reduction, positive_table=positive_table)
+    args = ManyPositives(z, None, torch.ones(()), z, reduction=reduction, positive_mask=positive_mask)
     return replace(Request.of_loss(args), device=torch.device("cuda"))
 
 
@@ -71,7 +71,7 @@ def test_auto_passes_it_over(monkeypatch):
         (request(samples=1561), "1561 queries"),
         (request(samples=2161, dtype=torch.bfloat16), "2161 queries"),
         (sup_con_request(), "whole losses only"),
-        (sup_con_request(reduction="mean", positive_table=torch.ones(8, 8)), "dense mask"),
+        (sup_con_request(reduction="mean", positive_mask=torch.ones(8, 8)), "dense mask"),
         (sup_con_request(samples=3121, reduction="mean"), "3121 queries"),
         (Request(torch.device("cuda"), torch.float32), "whole losses only"),
         (Request(torch.device("cuda"), torch.float64, enqueue=True), "float64"),

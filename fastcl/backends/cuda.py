@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcl.backends import chunked, native
-from fastcl.backends.base import Backend, Request, no_kernel_for, WholeLoss
+from fastcl.backends.base import Backend, Request, WholeLoss, no_kernel_for
 from fastcl.losses.families.many_positives import ManyPositives
 from fastcl.losses.families.mochi import Mochi
 from fastcl.losses.families.one_positive import BATCH, VIEWS, OnePositive

@@ -13,7 +13,12 @@ from fastcl.similarity.problem import Problem
 
 
 def group_stats(
-    problem: Problem, group: dist.ProcessGroup, ring: bool, *, labelled: bool = False
+    problem: Problem,
+    group: dist.ProcessGroup,
+    ring: bool,
+    *,
+    labelled: bool = False,
+    global_ids: bool = False,
 ) -> Measured:
     """Statistics of this rank's queries over all ranks' keys and, if asked, of its keys over all queries.
 
@@ -22,12 +27,13 @@ def group_stats(
         group: the ranks.
         ring: pass shards around instead of gathering them.
         labelled: the positive-ids are labels, which mean the same on every rank.
+        global_ids: all ids mean the same on every rank.
     """
     dtype = compute_dtype(problem.query.dtype)  # gradients are summed over ranks, and should round once
     size, rank = dist.get_world_size(group), dist.get_rank(group)
 
     def unique(ids: Tensor | None) -> Tensor | None:
-        return None if ids is None else ids * size + rank
+        return ids if ids is None or global_ids else ids * size + rank
 
     problem = problem._replace(
         query=problem.query.to(dtype),

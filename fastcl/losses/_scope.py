@@ -89,8 +89,18 @@ def lse_of_others(
     return group_stats(problem, group, ring).rows.lse_neg
 
 
-def reduce_over(losses: Tensor, reduction: str, group: dist.ProcessGroup | None) -> Tensor:
-    """Apply 'none', 'mean' or 'sum' to the per-row losses of all ranks."""
+def reduce_over(losses: Tensor, reduction: str, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Apply 'none', 'mean' or 'sum' to the per-row losses of all ranks.
+
+    Args:
+        losses: (N,), this rank's rows'.
+        reduction: 'none', 'mean' or 'sum'.
+        group: the ranks, or None. Averaged over them, gradients are those of one process.
+
+    Raises:
+        ValueError: an unknown reduction.
+    """
+    check_scope(reduction, group, False)
     if group is None:
         return reduce(losses, reduction)
     return group_reduce(losses, losses.shape[0], reduction, group)

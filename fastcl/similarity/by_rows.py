@@ -1,4 +1,4 @@
-"""Sums over keys that autograd differentiates, a chunk of rows at a time: in linear memory, by plain torch."""
+"""Sums over keys by plain torch, a chunk of rows at a time: linear memory, differentiated by autograd."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastcl.backends.choice import choose
 from fastcl.backends.base import Request
+from fastcl.backends.choice import choose
 from fastcl.backends.chunked import row_chunks
 
 OfRows = Callable[[slice], Tensor]

@@ -24,8 +24,8 @@ def all_ranks(key: Tensor, rule: PairRule, group: dist.ProcessGroup) -> tuple[Te
         return pairs[0], gather_rows(pairs[1], counts, group)
 
     everywhere = PairRule(
-        positive=[gathered(pairs) for pairs in rule.positive],
-        exclude=[gathered(pairs) for pairs in rule.exclude],
+        positive=[gathered(pairs) for pairs in rule.positive_sets],
+        exclude=[gathered(pairs) for pairs in rule.exclude_sets],
         within=None if rule.within is None else gathered(rule.within),
         exclude_keys=rule.exclude_keys,
     )

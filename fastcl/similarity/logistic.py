@@ -26,7 +26,7 @@ def similarity_logistic(
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Sums of softplus of the logits ``l[i, j] = scale * <query[i], key[j]> + bias[i]`` over each row's pairs.
+    """Sums of softplus of the logits ``scale * <query[i], key[j]> + bias[i]`` over each row's pairs.
 
     Linear memory: logits are formed a chunk of rows at a time, and again in the backward pass. There is no
     fused kernel for it yet.

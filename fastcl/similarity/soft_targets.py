@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -75,13 +77,7 @@ def soft_cross_entropy(
     """
     check_reduction(reduction)
     check_group(group, False)
-    for name, x in (("query", query), ("target_query", target_query)):
-        check_matrix(name, x, (2, 3))
-    for name, x in (("key", key), ("target_key", target_key)):
-        check_matrix(name, x)
-    check_same("key", key, "query", query)
-    check_same("target_key", target_key, "target_query", target_query)
-    check_same_count("target_key", target_key, "key", key)
+    _check_rows(query, key, target_query, target_key)
     views = query if query.dim() == 3 else query[None]
     teachers = (target_query if target_query.dim() == 3 else target_query[None]).detach()
     check_same_count("target_query", teachers[0], "query", views[0])
@@ -91,7 +87,6 @@ def soft_cross_entropy(
     check_rule(rule, views[0], key)
     scale = inverse_scalar("temperature", temperature, query)
     target_scale = inverse_scalar("target_temperature", target_temperature, target_query).detach()
-    target_key = target_key.detach()
     problem = Problem(views[0], key, scale, **rule.fields())
     dtype = compute_dtype(query.dtype)
 
@@ -99,18 +94,20 @@ def soft_cross_entropy(
         x, y = unit_rows(rows, normalize), unit_rows(keys, normalize)
         return product(x.to(dtype), y.to(dtype).T) * factor.to(dtype)
 
+    def target_of(rows: slice, kept: Tensor) -> Tensor:
+        softmaxes = []
+        for teacher in teachers:
+            logits = logits_of(teacher[rows], target_key.detach(), target_scale)
+            logits = logits if target_bias is None else logits + target_bias.to(dtype)
+            lse = masked_logsumexp(logits, kept)[:, None]
+            softmaxes.append((logits - lse).exp().where(kept, 0.0))
+        return torch.stack(softmaxes).mean(dim=0)
+
     def of_rows(rows: slice) -> Tensor:
         with without_autocast(query.device):
             negative, positive = pair_masks(problem, rows)
             kept = negative | positive
-            targets = []
-            for teacher in teachers:
-                logits = logits_of(teacher[rows], target_key, target_scale)
-                logits = logits if target_bias is None else logits + target_bias.to(dtype)
-                lse = masked_logsumexp(logits, kept)[:, None]
-                targets.append((logits - lse).exp().where(kept, 0.0))
-            target = torch.stack(targets).mean(dim=0)
-            losses = []
+            target, losses = target_of(rows, kept), []
             for view in views:
                 logits = logits_of(view[rows], key, scale)
                 lse = masked_logsumexp(logits, kept)[:, None].where(kept, 0.0)
@@ -120,6 +117,16 @@ def soft_cross_entropy(
     losses = by_rows("soft_cross_entropy", of_rows, views[0], key.shape[0], backend)
     losses = losses if query.dim() == 3 else losses[0]
     return reduce(losses, reduction) if group is None else _over_ranks(losses, reduction, group)
+
+
+def _check_rows(query: Tensor, key: Tensor, target_query: Tensor, target_key: Tensor) -> None:
+    for name, x in (("query", query), ("target_query", target_query)):
+        check_matrix(name, x, (2, 3))
+    for name, x in (("key", key), ("target_key", target_key)):
+        check_matrix(name, x)
+    check_same("key", key, "query", query)
+    check_same("target_key", target_key, "target_query", target_query)
+    check_same_count("target_key", target_key, "key", key)
 
 
 def _over_ranks(losses: Tensor, reduction: str, group: dist.ProcessGroup) -> Tensor:
@@ -139,7 +146,7 @@ def sinkhorn(
     """The ``target_bias`` (K,) under which every key is about equally often the target.
 
     Sinkhorn and Knopp's iteration on the potentials, which cannot overflow; at the same temperature equal
-    to SwAV's (Caron et al. 2020, https://arxiv.org/abs/2006.09882). Defined up to a constant, without gradient.
+    to SwAV's (Caron et al. 2020, https://arxiv.org/abs/2006.09882). Defined up to a constant, no gradient.
 
     Args:
         query: (N, D), any floating dtype.
@@ -161,13 +168,13 @@ def sinkhorn(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     scale = inverse_scalar("temperature", temperature, query)
-    options = {"scale": scale, "normalize": normalize}
+    stats = partial(similarity_stats, scale=scale, normalize=normalize)
     of_rows = torch.zeros(query.shape[0], dtype=compute_dtype(query.dtype), device=query.device)
     for step in range(steps):
-        lse = similarity_stats(key, query, key_bias=of_rows, **options).lse_neg
+        lse = stats(key, query, key_bias=of_rows).lse_neg
         if group is not None:
             lse = gather_rows(lse[None], [1] * dist.get_world_size(group), group).logsumexp(dim=0)
         of_keys = -lse
         if step + 1 < steps:
-            of_rows = -similarity_stats(query, key, key_bias=of_keys, **options).lse_neg
+            of_rows = -stats(query, key, key_bias=of_keys).lse_neg
     return of_keys

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from fastcl.distributed.gather import check_group, gather_rows, row_counts
+from fastcl.distributed.stats import group_stats
 from fastcl.ops import calls
 from fastcl.similarity.checks import check_matrix, check_same, check_vector, in_one_dtype, scalar
 from fastcl.similarity.fields import Statistics
+from fastcl.similarity.gathered import all_ranks
 from fastcl.similarity.numerics import logaddexp, masked_logsumexp, matmul_precision_level, softplus
 from fastcl.similarity.problem import Problem
 from fastcl.similarity.rules import ALL_NEGATIVE, PairRule, check_rule
@@ -120,6 +125,8 @@ def similarity_stats(
     key_bias: Tensor | None = None,
     key_scale: Tensor | None = None,
     columns: bool = False,
+    group: dist.ProcessGroup | None = None,
+    ring: bool = False,
     backend: str = "auto",
 ) -> SimilarityStats:
     """Statistics of the logits ``scale * key_scale[j] * <query[i], key[j]> + key_bias[j]``.
@@ -137,6 +144,11 @@ def similarity_stats(
         key_bias: (M,), added to the logits of each key.
         key_scale: (M,), multiplies the similarities of each key.
         columns: also return the statistics of each key over the queries.
+        group: query, key, key_bias, key_scale and ids are this rank's shard, and ids mean the same on every
+            rank (:func:`fastcl.row_ids` makes unique ones); ``exclude_keys`` index the keys of all ranks in
+            rank order, and a mask is of this rank's rows and all keys. Columns are this rank's keys over all
+            queries; with them, or with ``ring``, the rule is one test of ids each, without bias or scale.
+        ring: with ``group``, pass keys from rank to rank instead of gathering them.
         backend: 'auto', or a name as in :func:`fastcl.use_backend`.
 
     Returns:
@@ -155,6 +167,12 @@ def similarity_stats(
     for name, vector in (("key_bias", key_bias), ("key_scale", key_scale)):
         if vector is not None:
             check_vector(name, vector, key)
+    check_group(group, ring)
+    if group is not None and not (columns or ring):
+        counts = row_counts(key, group)
+        gather = partial(gather_rows, counts=counts, group=group)
+        key, rule = all_ranks(key, rule, group)
+        key_bias, key_scale = (x if x is None else gather(x) for x in (key_bias, key_scale))
     check_rule(rule, query, key)
     symmetric = query is key and key_bias is None and key_scale is None and rule.is_symmetric()
     problem = Problem(
@@ -169,5 +187,13 @@ def similarity_stats(
         symmetric=symmetric,
         precision=matmul_precision_level(),
     )
-    of_rows, of_columns = calls.statistics(problem, columns, backend)
+    if group is not None and (columns or ring):
+        if not problem.has_simple_rule() or key_bias is not None or key_scale is not None:
+            raise ValueError(
+                "with group and columns or ring, rule must be one test of ids each; no key_bias or key_scale"
+            )
+        problem = problem._replace(columns=columns, symmetric=False)
+        of_rows, of_columns = group_stats(problem, group, ring, global_ids=True)
+    else:
+        of_rows, of_columns = calls.statistics(problem, columns, backend)
     return SimilarityStats(*of_rows, columns=None if of_columns is None else SimilarityStats(*of_columns))

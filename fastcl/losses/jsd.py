@@ -1,0 +1,49 @@
+"""The Jensen-Shannon estimator between parts and wholes of Deep InfoMax.
+
+Hjelm et al. 2019, https://arxiv.org/abs/1808.06670.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastcl.similarity.checks import check_matrix, check_same, in_one_dtype
+from fastcl.similarity.logistic import similarity_logistic
+from fastcl.similarity.rules import PairRule, check_ids
+from fastcl.similarity.transforms import is_readable
+
+
+def jsd_loss(local: Tensor, pooled: Tensor, owner: Tensor, *, normalize: bool = False) -> Tensor:
+    """Mean ``softplus(-l)`` over owned pairs plus mean ``softplus(l)`` over the others, l = <local, pooled>.
+
+    Deep InfoMax (Hjelm et al. 2019, https://arxiv.org/abs/1808.06670), InfoGraph (Sun et al. 2020,
+    https://arxiv.org/abs/1908.01000), MVGRL (Hassani and Khasahmadi 2020, https://arxiv.org/abs/2006.05582).
+
+    Args:
+        local: (N, D), the parts; any floating dtype.
+        pooled: (M, D), the wholes; same dtype.
+        owner: (N,) integers, the whole that each part belongs to.
+        normalize: divide rows by their L2 norm first.
+
+    Returns:
+        The loss, (); a mean over no pairs is 0.
+
+    Raises:
+        ValueError, TypeError: as :func:`fastcl.similarity_stats`; owners that are not integers, one per
+            part, or on the CPU out of range.
+    """
+    check_matrix("local", local)
+    check_matrix("pooled", pooled)
+    check_same("pooled", pooled, "local", local)
+    if local.dtype != pooled.dtype:
+        local, pooled = in_one_dtype(local, pooled)
+    owner = check_ids("owner", owner, local)
+    count, wholes = local.shape[0], pooled.shape[0]
+    if owner.numel() and is_readable(owner):
+        low, high = (int(x) for x in torch.aminmax(owner))
+        if low < 0 or high >= wholes:
+            raise ValueError(f"owner must be from 0 to {wholes - 1}, got values from {low} to {high}")
+    rule = PairRule(positive=(owner, torch.arange(wholes, device=owner.device)))
+    negative, positive = similarity_logistic(local, pooled, rule=rule, normalize=normalize)
+    return positive.sum() / max(count, 1) + negative.sum() / max(count * (wholes - 1), 1)

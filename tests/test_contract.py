@@ -29,9 +29,10 @@ SIGNATURES = {
     "SupConLoss": "temperature=0.07, contrast_mode='all', base_temperature=0.07",
     "clip_loss": "image_features, text_features, logit_scale, *, normalize=True, reduction='mean'",
     "similarity_stats": "query, key, *, scale=1.0, rule=ALL_NEGATIVE, normalize=False, key_bias=None, "
-    "key_scale=None, columns=False, backend='auto'",
-    "similarity_topk": "query, key, k, *, rule=ALL_NEGATIVE, normalize=False, backend='auto'",
-    "PairRule": "positive=None, exclude=None",
+    "key_scale=None, columns=False, group=None, ring=False, backend='auto'",
+    "similarity_topk": "query, key, k, *, rule=ALL_NEGATIVE, normalize=False, among='all', "
+    "largest=True, below=None, backend='auto'",
+    "PairRule": "positive=None, exclude=None, *, within=None, exclude_keys=None",
     "use_backend": "name",
     "show_config": "",
 }

@@ -224,8 +224,6 @@ def test_a_failed_selection_changes_nothing():
     assert choice._selected == before
 
 
-def test_the_cpu_backend_refuses_a_dense_mask():
-    mask = torch.eye(4)
-    with fastcl.use_backend("cpu"), pytest.raises(RuntimeError, match=r"mask.*chunked"):
-        fastcl.sup_con(Z, mask=mask)
-    assert fastcl.sup_con(torch.randn(4, 2, 3), mask=mask).isfinite()
+def test_a_backend_without_a_kernel_says_which_serves():
+    with fastcl.use_backend("cpu"), pytest.raises(RuntimeError, match=r"similarity_logistic.*chunked"):
+        fastcl.similarity_logistic(Z, Z)

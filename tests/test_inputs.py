@@ -177,7 +177,7 @@ class Recorder:
 
     def __getattr__(self, name):
         def call(*arguments):
-            self.asked.append((name, arguments[11]))
+            self.asked.append((name, arguments[12]))
             return getattr(torch.ops.fastcl_native, name)(*arguments)
 
         return call

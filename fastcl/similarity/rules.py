@@ -152,18 +152,19 @@ def _pair_sets(name: str, given: Any) -> PairSets:
 
 
 def _is_pair(given: Any) -> bool:
-    return (
-        isinstance(given, (tuple, list))
-        and len(given) == 2
-        and not any(isinstance(x, (tuple, list)) or (isinstance(x, Tensor) and x.dim() == 2) for x in given)
-    )
+    def is_set(x: Any) -> bool:
+        return isinstance(x, (tuple, list)) or (
+            isinstance(x, Tensor) and x.dim() == 2 and x.dtype == torch.bool
+        )
+
+    return isinstance(given, (tuple, list)) and len(given) == 2 and not any(map(is_set, given))
 
 
 def _pair_set(name: str, given: Any) -> PairSet:
     if not isinstance(given, Tensor):
         return _ids_pair(name, given)
     if given.dtype != torch.bool:
-        raise TypeError(f"{name} as a mask must be a bool tensor, got {given.dtype}")
+        raise TypeError(f"{name} must be a pair (query_ids, key_ids) or a bool mask, got {given.dtype}")
     if given.dim() != 2:
         raise ValueError(f"{name} as a mask must have 2 dimensions, got shape {tuple(given.shape)}")
     return given

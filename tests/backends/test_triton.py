@@ -84,7 +84,7 @@ def test_rows_around_and_beyond_the_widest_tile(width, dtype):
 
 def test_float64_goes_to_chunked_and_says_so():
     assert "triton" in fastcl.show_config()
-    assert "float64 and dense masks go to 'chunked'" in fastcl.show_config()
+    assert "float64, masks and lists of pair sets go to 'chunked'" in fastcl.show_config()
     if "triton" in testing.backends():
         x = torch.randn(3, 4, dtype=torch.float64)
         with (

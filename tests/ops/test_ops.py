@@ -21,6 +21,7 @@ in_float64 = pytest.mark.skipif(not testing.IN_FLOAT64, reason="finite differenc
 streaming = pytest.mark.parametrize("name", STREAMING)
 
 PROBLEMS = {
+    "pair sets": {"sets": True},
     "plain": {},
     "normalized": {"normalize": True},
     "columns": {"columns": True},
@@ -44,6 +45,7 @@ def problem(
     extras=False,
     symmetric=False,
     strided=False,
+    sets=False,
 ):
     case = testing.make_case("random", shape)
     query, key = (x.to(dtype).requires_grad_() for x in (case.query, case.key))
@@ -55,8 +57,23 @@ def problem(
     scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     extra = [torch.rand(len(key), dtype=dtype, requires_grad=True) if extras else None for _ in range(2)]
     positive = (query_labels, key_labels) if labels else (None, None)
+    more = {}
+    if sets:
+        mask = torch.rand(len(query), len(key)) < 0.3
+        keys = torch.randint(-1, len(key), (len(query), 2))
+        more = {"exclude_keys": keys, "positive_more": [mask], "exclude_more": [query_labels, key_labels]}
     return Problem(
-        query, key, scale, *extra, *positive, None, query_ids, key_ids, normalize, columns, symmetric, 0
+        query,
+        key,
+        scale,
+        *extra,
+        *positive,
+        exclude_query=query_ids,
+        exclude_key=key_ids,
+        normalize=normalize,
+        columns=columns,
+        symmetric=symmetric,
+        **more,
     )
 
 
@@ -65,7 +82,12 @@ def problem(
 def test_stats_ops(options, name):
     arguments = problem(**options)
     opcheck(OPS.stats_forward.default, (*arguments, False, name))
-    if not options.get("labels") and not options.get("columns") and not options.get("symmetric"):
+    if (
+        not options.get("labels")
+        and not options.get("sets")
+        and not options.get("columns")
+        and not options.get("symmetric")
+    ):
         opcheck(OPS.stats_forward.default, (*arguments, True, name), test_utils="test_faketensor")
     rows, row_state, columns, column_state, _ = OPS.stats_forward(*arguments, False, name)
     states = [
@@ -114,8 +136,9 @@ def test_whole_loss_op(loss_name, dtype):
 @pytest.mark.parametrize("excluded", [False, True])
 def test_topk_op(name, excluded):
     case = testing.make_case("random", (6, 40, 5))
-    ids = case.ids if excluded else (None, None)
-    opcheck(OPS.topk.default, (case.query.float(), case.key.float(), 4, *ids, True, name))
+    ids = list(case.ids) if excluded else []
+    arguments = (case.query.float(), case.key.float(), 4, ids, [], None, None, None, None, True, True)
+    opcheck(OPS.topk.default, (*arguments, name))
 
 
 @every_loss

@@ -21,6 +21,7 @@ from fastcl.losses.plain.vicreg import VICRegLoss, vicreg_loss
 from fastcl.losses.prototype import prototype_nce
 from fastcl.losses.siglip import SigLIPLoss, siglip_loss
 from fastcl.losses.sup_con import SupConLoss, sup_con
+from fastcl.losses.triplet import TripletLoss, batch_hard_triplet_loss, triplet_loss
 from fastcl.losses.uniformity import uniformity
 from fastcl.losses.weighted_info_nce import weighted_info_nce
 from fastcl.memory.bank import MemoryBank
@@ -48,10 +49,12 @@ __all__ = [
     "SigLIPLoss",
     "SimilarityStats",
     "SupConLoss",
+    "TripletLoss",
     "VICRegLoss",
     "__version__",
     "alignment",
     "barlow_twins_loss",
+    "batch_hard_triplet_loss",
     "clip_loss",
     "club_bound",
     "concentration",
@@ -80,6 +83,7 @@ __all__ = [
     "sinkhorn",
     "soft_cross_entropy",
     "sup_con",
+    "triplet_loss",
     "uniformity",
     "use_backend",
     "vicreg_loss",

@@ -27,7 +27,8 @@ QUICK_TESTS = losses memory test_contract.py test_errors.py test_fuzz.py test_la
 quick: lint
 	$(BIN)/python -m pytest -n auto $(QUICK_TESTS:%=tests/%)
 
-TRITON_TESTS = losses memory similarity/test_stats.py similarity/test_topk.py ops/test_ops.py backends/test_triton.py
+TRITON_TESTS = losses/test_losses.py losses/test_degenerate.py losses/test_mochi.py losses/test_decoupled.py \
+	losses/test_hard_negative.py memory/test_queue.py similarity/test_stats.py similarity/test_topk.py ops/test_ops.py backends/test_triton.py
 triton: $(VENV)/.installed
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(TRITON_TESTS:%=tests/%)
 	$(BIN)/python -W ignore -m bench.aot -k "bfloat16 D=128"

@@ -210,3 +210,18 @@ def test_the_forward_pass_decides_the_precision(forward, backward, monkeypatch):
         assert [name for name, _ in asked] == ["stats_forward", "stats_backward"]
         assert {level for _, level in asked} == {0 if forward == "highest" else 2}
         assert torch.equal(got, gradient(call, forward)[0])
+
+
+@pytest.mark.parametrize("width", [16, 48, 50, 64])
+@pytest.mark.parametrize("precision", ["medium", "high"])
+def test_rounded_products_of_rows_as_they_are(width, precision, backend):
+    """Rows that need no preparation are read in place, also where products are of bfloat16."""
+    x, y = (torch.randn(20, width, requires_grad=True) for _ in range(2))
+    torch.set_float32_matmul_precision(precision)
+    try:
+        stats = fastcl.similarity_stats(x, y, scale=0.1)
+        got = torch.autograd.grad(stats.lse_neg.sum(), [x, y])
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    exact = torch.autograd.grad((0.1 * x.double() @ y.double().T).logsumexp(1).sum(), [x, y])
+    torch.testing.assert_close(got, exact, rtol=0.02, atol=2e-3, check_dtype=False)

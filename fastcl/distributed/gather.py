@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastcl.ops import calls
 from fastcl.similarity.fields import Measured
@@ -28,6 +27,12 @@ def check_group(group: dist.ProcessGroup | None, ring: bool) -> None:
         raise ValueError("ring=True passes keys between the ranks of a group, but got group=None")
     if group is not None and is_transformed():
         raise RuntimeError("with group= derivatives are those of backward(): no torch.func, no forward mode")
+
+
+def refuse_second_order() -> None:
+    """Raise in a backward pass that is to be differentiated itself: ranks exchange values, not graphs."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("with group= there are no second derivatives: call backward without create_graph")
 
 
 def group_reduce(losses: Tensor, count: int, reduction: str, group: dist.ProcessGroup) -> Tensor:
@@ -71,9 +76,9 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Every rank's rows receive the sum of their gradients on all ranks."""
+        refuse_second_order()
         parts = [_padded(part, max(ctx.counts)) for part in grad.split(ctx.counts)]
         own = torch.empty_like(parts[0])
         dist.reduce_scatter(own, parts, group=ctx.group)

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastcl.backends import reference
 from fastcl.backends.base import Request
 from fastcl.backends.choice import choose
 from fastcl.backends.chunked import empty_state, merge_states, statistics
+from fastcl.distributed.gather import refuse_second_order
 from fastcl.similarity.fields import (
     POSITIVE_SUMS,
     RUNNING,
@@ -133,8 +133,8 @@ class _RingStats(torch.autograd.Function):
         return statistics(states[0], rows[RUNNING_SUMS]), statistics(states[1], columns[RUNNING_SUMS])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor, grad_columns: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_order()
         *tensors, row_state, column_state = ctx.saved_tensors
         # the first two inputs are not of the problem
         problem, needs = Problem(*tensors, *ctx.flags), Needs(*ctx.needs_input_grad[2 : 2 + PROBLEM_INPUTS])

@@ -5,7 +5,7 @@ Kalantidis et al. 2020, https://arxiv.org/abs/2010.01028.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,12 +115,14 @@ def _draw(
 ) -> MochiDraws:
     n = query.shape[0]
     dtype = compute_dtype(query.dtype)
+    # a graph with a dynamic number of rows cannot be given the generator None
+    source: dict[str, Any] = {} if generator is None else {"generator": generator}
 
     def ranks(count: int) -> Tensor:
-        return torch.randint(n_hard, (n, count), generator=generator, device=query.device)
+        return torch.randint(n_hard, (n, count), **source, device=query.device)
 
     def uniform(count: int) -> Tensor:
-        return torch.rand(n, count, generator=generator, device=query.device, dtype=dtype)
+        return torch.rand(n, count, **source, device=query.device, dtype=dtype)
 
     return MochiDraws(
         ranks(n_mix), ranks(n_mix), uniform(n_mix), ranks(n_query_mix), uniform(n_query_mix) * 0.5

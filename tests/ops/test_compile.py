@@ -227,3 +227,15 @@ def test_meta_tensors_everywhere():
         value = call()
         value.backward()
         assert (value.shape, value.device.type, x.grad.shape) == ((), "meta", x.shape)
+
+
+def test_mochi_draws_for_any_number_of_rows():
+    queue = fastcl.NegativeQueue(32, 8)
+    graph = torch.compile(
+        lambda q, k: fastcl.mochi_loss(q, k, queue, n_hard=8, n_mix=4, n_query_mix=4),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    for rows in (6, 9):
+        assert graph(torch.randn(rows, 8), torch.randn(rows, 8)).isfinite()

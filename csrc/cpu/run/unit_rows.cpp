@@ -99,7 +99,7 @@ BFloat16Side bfloat16_side(std::initializer_list<Input> inputs, const float* fac
 
 BFloat16Side bfloat16_side(std::initializer_list<Input> inputs, const UnitRows<float>& unit, int parts) {
   for (const Input& input : inputs)
-    if (input.dtype != DType::bfloat16)
+    if (input.dtype != DType::bfloat16 && unit.rows)
       return bfloat16_side({{unit.rows.get(), DType::float32, unit.stride, unit.count, unit.width}},
                            static_cast<const float*>(nullptr), parts);
   return bfloat16_side(inputs, unit.inverse.get(), parts);

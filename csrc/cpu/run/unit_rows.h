@@ -53,7 +53,8 @@ struct BFloat16Side {
   BFloat16Rows rows;
 };
 BFloat16Side bfloat16_side(std::initializer_list<Input> inputs, const float* factor, int parts);
-// The same from the inputs of `unit`: exact for bfloat16 inputs, whose norms become factors.
+// The same from the inputs of `unit`: exact for bfloat16 inputs, whose norms become factors. Where `unit` has
+// no rows, the inputs are used as they are.
 BFloat16Side bfloat16_side(std::initializer_list<Input> inputs, const UnitRows<float>& unit, int parts);
 
 // Both sides for bfloat16 products, where such are to be made; else parts is 0.

@@ -287,9 +287,8 @@ def _check_errors(group):
     wide = torch.randn(4, 3 + group.rank())
     for ring in (False, True):
         loss = fastcl.nt_xent(x, x, group=group, ring=ring)
-        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
         with pytest.raises(RuntimeError, match="no second derivatives"):
-            grad.sum().backward()
+            torch.autograd.grad(loss, x, create_graph=True)
         with pytest.raises(ValueError, match=r"same number of components on every rank.*\[3, 4"):
             fastcl.nt_xent(wide, wide, group=group, ring=ring)
         with pytest.raises(ValueError, match=r"mask.*group"):

@@ -10,10 +10,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fastcl.similarity.transforms import is_readable
+
 LN2 = math.log(2.0)
 LOG2E = 1.0 / LN2
 NORM_EPS = 1e-12
 _LONG_SUM, _BLOCK = 1024, 256
+_MANY = 1 << 15  # components, from which on float64 is what takes the time
 
 _PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 
@@ -82,12 +85,21 @@ def log_count(count: int, like: Tensor) -> Tensor:
     return (torch.ones((), dtype=like.dtype, device=like.device) * max(count, 1)).log()
 
 
+def _squares_fit(x: Tensor) -> bool:
+    """Whether the squares of the rows of many float32 components are known to stay in float32's range."""
+    if x.dtype != torch.float32 or x.numel() < _MANY or not is_readable(x):
+        return False
+    low, high = torch.aminmax(torch.linalg.vector_norm(x.detach(), dim=-1))
+    return low.item() > 1e-15 and high.item() < 1e18
+
+
 def inverse_norms(x: Tensor, eps: float | Tensor = NORM_EPS) -> Tensor:
     """``1 / max(norm, eps)`` per row, shape (..., 1); 0 for a zero row, which so stays zero.
 
     Formed in float64: squares of float32 components may be beyond float32's range.
     """
-    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
+    dtype = x.dtype if _squares_fit(x) else torch.float64
+    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
     zero = norms == 0
     inverse: Tensor = norms.masked_fill(zero, 1.0).clamp_min(eps).reciprocal()
     return inverse.masked_fill(zero, 0.0).to(x.dtype)

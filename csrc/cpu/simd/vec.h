@@ -105,7 +105,7 @@ inline uint32_t not_at_most(Vec<double> a, Vec<double> b) {
 
 // 2^x within an ulp for x <= 120 or so; 0 below the smallest normal number; NaN for NaN.
 inline Vec<float> exp2(Vec<float> x) {
-  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Int __attribute__((vector_size(kVectorBytes)));  // which may overflow
   const float round = 0x1.8p23f;
   Vec<float> shifted = x + round;
   Vec<float> f = x - (shifted - round);  // [-1/2, 1/2]
@@ -121,7 +121,7 @@ inline Vec<float> exp2(Vec<float> x) {
 }
 
 inline Vec<double> exp2(Vec<double> x) {
-  typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t Int __attribute__((vector_size(kVectorBytes)));  // which may overflow
   const double round = 0x1.8p52;
   Vec<double> shifted = x + round;
   Vec<double> f = x - (shifted - round);

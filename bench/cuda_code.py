@@ -111,7 +111,7 @@ def kernel_name(symbol: str) -> str:
     found = re.search(r"(\w+)<([^<>]+)>\(", demangled)
     if found is None:
         return symbol
-    names = (TYPES.get(name, name.removeprefix("fastcl::")) for name in found[2].split(", "))
+    names = (TYPES.get(name, name.rpartition("::")[2]) for name in found[2].split(", "))
     return f"{found[1]}<{', '.join(names)}>"
 
 

@@ -1,7 +1,7 @@
 """Contrastive losses as fused kernels: exact, in linear memory, one import away."""
 
 from fastcl.backends.choice import show_config, use_backend
-from fastcl.losses._scope import reduce_over as reduce
+from fastcl.distributed.gather import reduce, row_ids
 from fastcl.losses.alignment import alignment
 from fastcl.losses.bounds import donsker_varadhan_bound, info_nce_bound, nwj_bound
 from fastcl.losses.clip import clip_loss
@@ -28,7 +28,6 @@ from fastcl.memory.bank import MemoryBank
 from fastcl.memory.k_means import k_means
 from fastcl.memory.momentum import momentum_update_
 from fastcl.memory.queue import NegativeQueue
-from fastcl.similarity.gathered import row_ids
 from fastcl.similarity.logistic import similarity_logistic
 from fastcl.similarity.rules import PairRule
 from fastcl.similarity.soft_targets import sinkhorn, soft_cross_entropy

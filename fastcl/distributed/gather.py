@@ -10,8 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastcl.ops import calls
+from fastcl.similarity.checks import check_reduction
 from fastcl.similarity.fields import Measured
+from fastcl.similarity.numerics import compute_dtype
+from fastcl.similarity.numerics import reduce as reduce_rows
 from fastcl.similarity.problem import Problem
+from fastcl.similarity.rules import flattened, unflattened
 from fastcl.similarity.transforms import is_transformed
 
 
@@ -42,6 +46,25 @@ def group_reduce(losses: Tensor, count: int, reduction: str, group: dist.Process
     own = torch.stack([losses.sum(), losses.new_full((), count)])
     total = gather_rows(own[None], [1] * dist.get_world_size(group), group).sum(dim=0)
     return total[0] / total[1] if reduction == "mean" else total[0]
+
+
+def reduce(losses: Tensor, reduction: str, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Apply 'none', 'mean' or 'sum' to the losses of all ranks' rows.
+
+    Args:
+        losses: this rank's rows'.
+        reduction: 'none', 'mean' or 'sum'.
+        group: the ranks, or None. Averaged over them, gradients are those of one process.
+
+    Raises:
+        ValueError: an unknown reduction.
+        TypeError: a ``group`` that is none.
+    """
+    check_reduction(reduction)
+    check_group(group, False)
+    if group is None:
+        return reduce_rows(losses, reduction)
+    return group_reduce(losses, losses.numel(), reduction, group)
 
 
 def row_counts(rows: Tensor, group: dist.ProcessGroup) -> list[int]:
@@ -91,20 +114,63 @@ def _padded(rows: Tensor, count: int) -> Tensor:
     return torch.cat([rows, rows.new_zeros(count - rows.shape[0], *rows.shape[1:])])
 
 
-def gathered_stats(problem: Problem, group: dist.ProcessGroup, counts: Sequence[int]) -> Measured:
+def ids_of_rows(count: int, group: dist.ProcessGroup | None, device: torch.device | None) -> Tensor:
+    """Ids (count,) int64 of this rank's rows, which no other rank's have."""
+    return unique_ids(torch.arange(count, device=device), group)
+
+
+def unique_ids(ids: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Ids that count this rank's samples from 0, as ids that no other rank has."""
+    return ids if group is None else ids * dist.get_world_size(group) + dist.get_rank(group)
+
+
+def row_ids(count: int, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Ids (count,) int64 of this rank's rows, which no other rank's have.
+
+    Args:
+        count: how many rows this rank has.
+        group: the ranks, or None.
+    """
+    check_group(group, False)
+    return ids_of_rows(count, group, None)
+
+
+def with_all_keys(problem: Problem, group: dist.ProcessGroup, counts: Sequence[int]) -> Problem:
+    """This rank's rows with the keys of all ranks, in rank order, and with what belongs to keys.
+
+    Masks and ``exclude_keys`` are of all ranks' keys already.
+    """
+
+    def gather(of_keys: Tensor | None) -> Tensor | None:
+        return None if of_keys is None else gather_rows(of_keys, counts, group)
+
+    def gather_sets(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        sets = unflattened(tensors)
+        return flattened(
+            tuple((s[0], gather_rows(s[1], counts, group)) if isinstance(s, tuple) else s for s in sets)
+        )
+
+    # gradients are summed over ranks, and should round once
+    key = problem.key.to(compute_dtype(problem.query.dtype))
+    return problem._replace(
+        key=gather_rows(key, counts, group),
+        key_bias=gather(problem.key_bias),
+        key_scale=gather(problem.key_scale),
+        positive_key=gather(problem.positive_key),
+        exclude_key=gather(problem.exclude_key),
+        within_key=gather(problem.within_key),
+        positive_more=gather_sets(problem.positive_more),
+        exclude_more=gather_sets(problem.exclude_more),
+    )
+
+
+def gathered_stats(
+    problem: Problem, group: dist.ProcessGroup, counts: Sequence[int], backend: str = "auto"
+) -> Measured:
     """Statistics of this rank's rows over the keys of all ranks, gathered here."""
 
-    def gather(ids: Tensor | None) -> Tensor | None:
-        return None if ids is None else gather_rows(ids, counts, group)
-
     def over_all(own: Problem) -> Measured:
-        return calls.statistics(
-            own._replace(
-                key=gather_rows(own.key, counts, group),
-                positive_key=gather(own.positive_key),
-                exclude_key=gather(own.exclude_key),
-            )
-        )
+        return calls.statistics(with_all_keys(own, group, counts), backend=backend)
 
     by_rows = problem._replace(columns=False)
     if not problem.columns:

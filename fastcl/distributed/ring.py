@@ -27,12 +27,12 @@ from fastcl.similarity.fields import (
 from fastcl.similarity.problem import PROBLEM_INPUTS, PROBLEM_TENSORS, Needs, Problem
 
 
-def ring_stats(problem: Problem, ring: Ring) -> Measured:
+def ring_stats(problem: Problem, ring: Ring, backend: str = "auto") -> Measured:
     """Statistics of this rank's rows over the keys of all ranks, a shard at a time."""
-    backend = choose(Request.of(problem.query)).name
-    if backend == reference.BACKEND.name:
+    name = choose(Request.of(problem.query), backend).name
+    if name == reference.BACKEND.name:
         raise RuntimeError("backend 'reference' cannot serve ring=True: it has no backward pass of its own")
-    rows, columns = _RingStats.apply(ring, backend, *problem)  # type: ignore[no-untyped-call]
+    rows, columns = _RingStats.apply(ring, name, *problem)  # type: ignore[no-untyped-call]
     return Measured(unpack(rows), unpack(columns) if problem.columns else None)
 
 

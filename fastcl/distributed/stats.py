@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.distributed as dist
 from torch import Tensor
 
-from fastcl.distributed.gather import gathered_stats, row_counts
+from fastcl.distributed.gather import gathered_stats, row_counts, unique_ids
 from fastcl.distributed.ring import Ring, ring_stats
 from fastcl.similarity.fields import Measured
 from fastcl.similarity.numerics import compute_dtype
@@ -19,6 +21,8 @@ def group_stats(
     *,
     labelled: bool = False,
     global_ids: bool = False,
+    counts: Sequence[int] | None = None,
+    backend: str = "auto",
 ) -> Measured:
     """Statistics of this rank's queries over all ranks' keys and, if asked, of its keys over all queries.
 
@@ -28,13 +32,14 @@ def group_stats(
         ring: pass shards around instead of gathering them.
         labelled: the positive-ids are labels, which mean the same on every rank.
         global_ids: all ids mean the same on every rank.
+        counts: how many keys each rank has, where that is known already.
+        backend: 'auto', or a name.
     """
-    dtype = compute_dtype(problem.query.dtype)  # gradients are summed over ranks, and should round once
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
 
     def unique(ids: Tensor | None) -> Tensor | None:
-        return ids if ids is None or global_ids else ids * size + rank
+        return ids if ids is None or global_ids else unique_ids(ids, group)
 
+    dtype = compute_dtype(problem.query.dtype)
     problem = problem._replace(
         query=problem.query.to(dtype),
         key=problem.key.to(dtype),
@@ -44,7 +49,7 @@ def group_stats(
         exclude_key=unique(problem.exclude_key),
         symmetric=False,
     )
-    counts = row_counts(problem.key, group)
+    counts = row_counts(problem.key, group) if counts is None else counts
     if ring:
-        return ring_stats(problem, Ring(group, rank, counts))
-    return gathered_stats(problem, group, counts)
+        return ring_stats(problem, Ring(group, dist.get_rank(group), list(counts)), backend)
+    return gathered_stats(problem, group, counts, backend)

@@ -11,10 +11,7 @@ from fastcl.distributed.gather import check_group, group_reduce
 from fastcl.distributed.stats import group_stats
 from fastcl.ops import calls
 from fastcl.similarity.checks import check_reduction
-from fastcl.similarity.numerics import matmul_precision_level, reduce
-from fastcl.similarity.problem import Problem
-from fastcl.similarity.rules import Ids, PairRule
-from fastcl.similarity.stats import similarity_stats
+from fastcl.similarity.numerics import reduce
 
 
 def check_scope(reduction: str, group: dist.ProcessGroup | None, ring: bool) -> None:
@@ -55,52 +52,3 @@ def lse_neg_of(args: WholeLoss, group: dist.ProcessGroup | None = None, ring: bo
     problem = args.problem()
     rows, _ = calls.statistics(problem) if group is None else group_stats(problem, group, ring)
     return rows.lse_neg
-
-
-def lse_of_others(
-    query: Tensor,
-    key: Tensor,
-    ids: Ids,
-    scale: Tensor,
-    group: dist.ProcessGroup | None = None,
-    ring: bool = False,
-) -> Tensor:
-    """log-sum-exp over the keys of other samples, shape (N,); with ``group`` over all ranks' keys.
-
-    Args:
-        query: (N, D), normalized inside.
-        key: (M, D), normalized inside; ``query`` itself where the rows meet each other.
-        ids: (N,) and (M,), samples counted from 0 on each rank.
-        scale: 0-d, of the cosines.
-        group: the ranks, or None.
-        ring: pass shards around instead of gathering them.
-    """
-    if group is None:
-        return similarity_stats(query, key, scale=scale, rule=PairRule(exclude=ids), normalize=True).lse_neg
-    problem = Problem(
-        query,
-        key,
-        scale,
-        exclude_query=ids[0],
-        exclude_key=ids[1],
-        normalize=True,
-        precision=matmul_precision_level(),
-    )
-    return group_stats(problem, group, ring).rows.lse_neg
-
-
-def reduce_over(losses: Tensor, reduction: str, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Apply 'none', 'mean' or 'sum' to the per-row losses of all ranks.
-
-    Args:
-        losses: (N,), this rank's rows'.
-        reduction: 'none', 'mean' or 'sum'.
-        group: the ranks, or None. Averaged over them, gradients are those of one process.
-
-    Raises:
-        ValueError: an unknown reduction.
-    """
-    check_scope(reduction, group, False)
-    if group is None:
-        return reduce(losses, reduction)
-    return group_reduce(losses, losses.shape[0], reduction, group)

@@ -9,11 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastcl.distributed.gather import gather_rows, row_counts
-from fastcl.losses._scope import check_scope, lse_of_others, reduce_over
+from fastcl.distributed.gather import gather_rows, ids_of_rows, reduce, row_counts
+from fastcl.losses._scope import check_scope
 from fastcl.similarity.checks import check_pair, inverse_scalar
 from fastcl.similarity.compiled import anchored
 from fastcl.similarity.numerics import compute_dtype, row_dot, unit_rows
+from fastcl.similarity.rules import PairRule
+from fastcl.similarity.stats import similarity_stats
 
 
 def decoupled_loss(
@@ -63,13 +65,16 @@ def decoupled_loss(
         inverse = inverse_scalar("sigma", sigma, z1).detach().to(dtype)
         positive = positive * _weights(cosines.detach() * inverse, group)
     query, key = z1, z2
-    ids = torch.arange(z1.shape[0], device=z1.device)
+    ids = ids_of_rows(z1.shape[0], group, z1.device)
     if within_views:
         query = key = torch.cat([z1, z2])
         ids, positive = ids.repeat(2), positive.repeat(2)
-    lse_neg = lse_of_others(query, key, (ids, ids), scale, group, ring)
+    rule = PairRule(exclude=(ids, ids))
+    lse_neg = similarity_stats(
+        query, key, scale=scale, rule=rule, normalize=True, group=group, ring=ring
+    ).lse_neg
     losses = (lse_neg - positive).masked_fill(lse_neg == -torch.inf, 0.0)
-    return reduce_over(losses, reduction, group)
+    return reduce(losses, reduction, group)
 
 
 class DecoupledLoss(nn.Module):

@@ -6,16 +6,19 @@ Robinson et al. 2021, https://arxiv.org/abs/2010.04592.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastcl.distributed.gather import row_counts
-from fastcl.losses._scope import check_scope, lse_of_others, reduce_over
+from fastcl.distributed.gather import ids_of_rows, reduce, row_counts
+from fastcl.losses._scope import check_scope
 from fastcl.similarity.checks import check_number, check_pair, inverse_scalar
 from fastcl.similarity.compiled import anchored
 from fastcl.similarity.numerics import compute_dtype, log_count, row_dot, softplus, unit_rows
+from fastcl.similarity.rules import PairRule
+from fastcl.similarity.stats import similarity_stats
 
 
 def hard_negative_loss(
@@ -64,14 +67,16 @@ def hard_negative_loss(
     positive = (row_dot(unit_rows(z1), unit_rows(z2)) * scale.to(dtype)).repeat(2)
     z = torch.cat([z1, z2])
     log_n = log_count(2 * samples - 2, z)
-    ids = torch.arange(z1.shape[0], device=z.device).repeat(2)
-    lse = lse_of_others(z, z, (ids, ids), scale * (1 + beta), group, ring)
+    ids = ids_of_rows(z1.shape[0], group, z.device).repeat(2)
+    rule = PairRule(exclude=(ids, ids))
+    stats = partial(similarity_stats, z, z, rule=rule, normalize=True, group=group, ring=ring)
+    lse = stats(scale=scale * (1 + beta)).lse_neg
     empty = lse == -torch.inf
-    lse_weights = log_n if beta == 0 else lse_of_others(z, z, (ids, ids), scale * beta, group, ring)
+    lse_weights = log_n if beta == 0 else stats(scale=scale * beta).lse_neg
     excess = (lse - lse_weights).masked_fill(empty, 0.0) - positive
     excess = torch.maximum(_debiased(excess, tau_plus), -scale.to(dtype) - positive)
     losses = softplus(excess + log_n).masked_fill(empty, 0.0)
-    return reduce_over(losses, reduction, group)
+    return reduce(losses, reduction, group)
 
 
 class HardNegativeLoss(nn.Module):

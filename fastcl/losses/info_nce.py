@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastcl.distributed.gather import group_reduce
-from fastcl.losses._scope import check_scope, loss_of, lse_neg_of, reduce_over
+from fastcl.distributed.gather import group_reduce, reduce
+from fastcl.losses._scope import check_scope, loss_of, lse_neg_of
 from fastcl.losses.families.one_positive import BATCH, NEGATIVES, OnePositive
 from fastcl.memory.queue import NegativeQueue
 from fastcl.similarity.checks import (
@@ -132,7 +132,7 @@ def info_nce(
         lse_neg = lse_neg_of(args) if of_this_rank else lse_neg_of(args, group, ring)
     if in_batch:
         lse_neg = logaddexp(lse_neg, lse_neg_of(_batch_of(args), group, ring))
-    return reduce_over(_losses(args, lse_neg), reduction, group)
+    return reduce(_losses(args, lse_neg), reduction, group)
 
 
 class InfoNCE(nn.Module):

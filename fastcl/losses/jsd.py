@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fastcl.similarity.checks import check_matrix, check_same, in_one_dtype
 from fastcl.similarity.logistic import similarity_logistic
-from fastcl.similarity.rules import PairRule, check_ids
-from fastcl.similarity.transforms import is_readable
+from fastcl.similarity.rules import PairRule, check_ids, check_range
 
 
 def jsd_loss(local: Tensor, pooled: Tensor, owner: Tensor, *, normalize: bool = False) -> Tensor:
@@ -40,10 +39,7 @@ def jsd_loss(local: Tensor, pooled: Tensor, owner: Tensor, *, normalize: bool = 
         local, pooled = in_one_dtype(local, pooled)
     owner = check_ids("owner", owner, local)
     count, wholes = local.shape[0], pooled.shape[0]
-    if owner.numel() and is_readable(owner):
-        low, high = (int(x) for x in torch.aminmax(owner))
-        if low < 0 or high >= wholes:
-            raise ValueError(f"owner must be from 0 to {wholes - 1}, got values from {low} to {high}")
+    check_range("owner", owner, wholes)
     rule = PairRule(positive=(owner, torch.arange(wholes, device=owner.device)))
     negative, positive = similarity_logistic(local, pooled, rule=rule, normalize=normalize)
     return positive.sum() / max(count, 1) + negative.sum() / max(count * (wholes - 1), 1)

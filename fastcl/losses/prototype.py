@@ -18,9 +18,8 @@ from fastcl.similarity.checks import (
 )
 from fastcl.similarity.compiled import anchored
 from fastcl.similarity.numerics import compute_dtype, reduce, row_dot, softplus, unit_rows
-from fastcl.similarity.rules import PairRule, check_ids
+from fastcl.similarity.rules import PairRule, check_ids, check_range
 from fastcl.similarity.stats import similarity_stats
-from fastcl.similarity.transforms import is_readable
 
 
 def prototype_nce(
@@ -93,14 +92,8 @@ def prototype_nce(
 def check_assigned(assigned: Tensor, rows: Tensor, prototypes: Tensor) -> Tensor:
     """``assigned`` as int64; raise unless it names one of the (K, D) prototypes for each row (N, D)."""
     assigned = check_ids("assigned", assigned, rows)
-    count = prototypes.shape[0]
-    if is_readable(assigned) and assigned.numel():
-        low, high = (int(x) for x in assigned.aminmax())
-        if low < 0 or high >= count:
-            raise ValueError(
-                f"assigned must be from 0 to {count - 1} for prototypes of shape {tuple(prototypes.shape)}, "
-                f"got values from {low} to {high}"
-            )
+    what = f" for prototypes of shape {tuple(prototypes.shape)}"
+    check_range("assigned", assigned, prototypes.shape[0], what)
     return assigned
 
 

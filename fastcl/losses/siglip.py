@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastcl.losses._scope import check_scope, reduce_over
+from fastcl.distributed.gather import ids_of_rows, reduce
+from fastcl.losses._scope import check_scope
 from fastcl.similarity.checks import check_pair
-from fastcl.similarity.gathered import row_ids
 from fastcl.similarity.logistic import similarity_logistic
 from fastcl.similarity.rules import PairRule
 
@@ -48,7 +48,7 @@ def siglip_loss(
     image_features, text_features = check_pair(
         "image_features", image_features, "text_features", text_features
     )
-    ids = row_ids(image_features.shape[0], group).to(image_features.device)
+    ids = ids_of_rows(image_features.shape[0], group, image_features.device)
     negative, positive = similarity_logistic(
         image_features,
         text_features,
@@ -58,7 +58,7 @@ def siglip_loss(
         normalize=normalize,
         group=group,
     )
-    return reduce_over(negative + positive, reduction, group)
+    return reduce(negative + positive, reduction, group)
 
 
 class SigLIPLoss(nn.Module):

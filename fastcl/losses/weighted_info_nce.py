@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastcl.similarity.checks import check_matrix, check_reduction, check_same, in_one_dtype, inverse_scalar
 from fastcl.similarity.numerics import reduce, unit_rows, without_autocast
-from fastcl.similarity.rules import PairRule
+from fastcl.similarity.rules import PairRule, check_key_indices
 from fastcl.similarity.stats import similarity_stats
 
 
@@ -55,11 +55,7 @@ def weighted_info_nce(
         query, key = in_one_dtype(query, key)
     check_matrix("weights", weights)
     scale = inverse_scalar("temperature", temperature, query)
-    try:
-        rule = PairRule(exclude_keys=targets)
-        rule.check_against(query, key)
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("rule.exclude_keys", "targets")) from None
+    check_key_indices("targets", targets, query, key.shape[0])
     if weights.shape != targets.shape:
         raise ValueError(
             f"weights must have the shape of targets, {tuple(targets.shape)}, got {tuple(weights.shape)}"
@@ -71,7 +67,9 @@ def weighted_info_nce(
         logits = (padded[targets.where(named, y.shape[0])] @ x[:, :, None]).squeeze(2) * scale.to(x.dtype)
         once = named & ~_named_before(targets)
         joined = logits.masked_fill(~once, -torch.inf)
-        stats = similarity_stats(x, y, scale=scale, rule=rule).join(negatives=joined)
+        stats = similarity_stats(x, y, scale=scale, rule=PairRule(exclude_keys=targets)).join(
+            negatives=joined
+        )
         lse = stats.lse_neg.masked_fill(~named.any(dim=1), 0.0)
         losses = (weights.to(x.dtype) * (lse[:, None] - logits)).where(named, 0.0).sum(dim=1)
         return reduce(losses, reduction)

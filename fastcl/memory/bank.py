@@ -9,11 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastcl.similarity.checks import check_matrix
-from fastcl.similarity.numerics import unit_rows
-from fastcl.similarity.rules import check_ids
-from fastcl.similarity.transforms import is_readable
-
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+from fastcl.similarity.numerics import FLOAT_DTYPES, unit_rows
+from fastcl.similarity.rules import check_ids, check_range
 
 
 class MemoryBank(nn.Module):
@@ -54,7 +51,7 @@ class MemoryBank(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0.0 <= momentum <= 1.0:
             raise ValueError(f"momentum must be between 0 and 1, got {momentum}")
-        if dtype not in _DTYPES:
+        if dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
         self.momentum = momentum
         with torch.inference_mode(False):  # autograd takes no tensors made under it, and training may follow
@@ -93,10 +90,7 @@ class MemoryBank(nn.Module):
         if features.device != self.keys.device:
             raise ValueError(f"features must be on {self.keys.device} like the bank, got {features.device}")
         indices = check_ids("indices", indices, features)
-        if is_readable(indices) and indices.numel():
-            low, high = (int(x) for x in indices.aminmax())
-            if low < 0 or high >= self.size:
-                raise ValueError(f"indices must be from 0 to {self.size - 1}, got from {low} to {high}")
+        check_range("indices", indices, self.size)
         ordered, order = indices.sort(stable=True)
         last = order[torch.searchsorted(ordered, indices, right=True) - 1]
         old, new = unit_rows(self.keys[indices], normalize=False), unit_rows(features)[last]

@@ -7,9 +7,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastcl.backends.reference import pair_masks
+from fastcl.distributed.gather import check_group, row_counts, with_all_keys
 from fastcl.similarity.by_rows import by_rows
 from fastcl.similarity.checks import check_matrix, check_same, in_one_dtype, scalar
-from fastcl.similarity.gathered import all_ranks
 from fastcl.similarity.numerics import product, softplus, unit_rows, without_autocast
 from fastcl.similarity.problem import Problem
 from fastcl.similarity.rules import ALL_NEGATIVE, PairRule, check_rule
@@ -54,21 +54,24 @@ def similarity_logistic(
     if key.dtype != query.dtype:
         query, key = in_one_dtype(query, key)
     factor, offset = scalar("scale", scale, query), _offset(bias, query)
-    if group is not None:
-        key, rule = all_ranks(key, rule, group)
-    check_rule(rule, query, key)
+    check_group(group, False)
+    counts = None if group is None else row_counts(key, group)
+    check_rule(rule, query, key, None if counts is None else sum(counts))
     problem = Problem(query, key, factor, **rule.fields(), normalize=normalize)
+    if group is not None and counts is not None:
+        problem = with_all_keys(problem, group, counts)
+    with without_autocast(query.device):
+        unit_query, unit_key = unit_rows(query, normalize), unit_rows(problem.key, normalize)
 
     def of_rows(rows: slice) -> Tensor:
         with without_autocast(query.device):
-            x, y = unit_rows(query[rows], normalize), unit_rows(key, normalize)
-            logits = product(x, y.T) * factor.to(x.dtype)
-            logits = logits + (offset[rows, None] if offset.dim() else offset).to(x.dtype)
+            logits = product(unit_query[rows], unit_key.T) * factor.to(unit_query.dtype)
+            logits = logits + (offset[rows, None] if offset.dim() else offset).to(logits.dtype)
             negative, positive = pair_masks(problem, rows)
             sums = softplus(logits).where(negative, 0.0), softplus(-logits).where(positive, 0.0)
             return torch.stack([x.sum(dim=1) for x in sums])
 
-    sums = by_rows("similarity_logistic", of_rows, query, key.shape[0], backend)
+    sums = by_rows("similarity_logistic", of_rows, query, problem.key.shape[0], backend)
     return sums[0], sums[1]
 
 

@@ -57,13 +57,8 @@ class PairRule:
                 object.__setattr__(self, name, sets[0] if one else list(sets))
         if self.within is not None:
             object.__setattr__(self, "within", _ids_pair("rule.within", self.within))
-        keys = self.exclude_keys
-        if keys is not None:
-            if not isinstance(keys, Tensor) or keys.dtype != torch.int64:
-                got = keys.dtype if isinstance(keys, Tensor) else type(keys).__name__
-                raise TypeError(f"rule.exclude_keys must be an int64 tensor, got {got}")
-            if keys.dim() != 2:
-                raise ValueError(f"rule.exclude_keys must have 2 dimensions, got shape {tuple(keys.shape)}")
+        if self.exclude_keys is not None:
+            _check_index_matrix("rule.exclude_keys", self.exclude_keys)
 
     def is_symmetric(self) -> bool:
         """Whether both sides carry the same id tensors, and nothing else is said."""
@@ -72,29 +67,19 @@ class PairRule:
             isinstance(pairs, tuple) and pairs[0] is pairs[1] for pairs in sets
         )
 
-    def check_against(self, query: Tensor, key: Tensor) -> None:
-        """Raise ValueError unless the rule fits the (N, D) query and (M, D) key."""
+    def check_against(self, query: Tensor, key: Tensor, every_key: int | None = None) -> None:
+        """Raise ValueError unless the rule fits the (N, D) query and (M, D) key.
+
+        ``every_key``: how many keys masks and ``exclude_keys`` are of, where these are a shard of them.
+        """
+        count = key.shape[0] if every_key is None else every_key
         for name in ("positive", "exclude"):
             for pairs in getattr(self, f"{name}_sets"):
-                _check_set(f"rule.{name}", pairs, query, key)
+                _check_set(f"rule.{name}", pairs, query, key, count)
         if self.within is not None:
-            _check_set("rule.within", self.within, query, key)
-        keys = self.exclude_keys
-        if keys is None:
-            return
-        if keys.shape[0] != query.shape[0]:
-            raise ValueError(
-                f"rule.exclude_keys must have a row per query: expected ({query.shape[0]}, k), "
-                f"got {tuple(keys.shape)}"
-            )
-        _check_device("rule.exclude_keys", keys, query)
-        if keys.numel() and is_readable(keys):
-            low, high = (int(x) for x in torch.aminmax(keys))
-            if low < -1 or high >= key.shape[0]:
-                raise ValueError(
-                    f"rule.exclude_keys must be from -1 to {key.shape[0] - 1} for {key.shape[0]} keys, "
-                    f"got values from {low} to {high}"
-                )
+            _check_set("rule.within", self.within, query, key, count)
+        if self.exclude_keys is not None:
+            check_key_indices("rule.exclude_keys", self.exclude_keys, query, count)
 
     def fields(self) -> dict[str, Any]:
         """What a statistics call takes of the rule: see :class:`fastcl.similarity.problem.Problem`."""
@@ -178,12 +163,12 @@ def _ids_pair(name: str, ids: Any) -> Ids:
     return (query, query) if ids[0] is ids[1] else (query, key)
 
 
-def _check_set(name: str, pairs: PairSet, query: Tensor, key: Tensor) -> None:
+def _check_set(name: str, pairs: PairSet, query: Tensor, key: Tensor, every_key: int) -> None:
     if isinstance(pairs, tuple):
         for side, ids, rows in (("query", pairs[0], query), ("key", pairs[1], key)):
             check_ids(f"{name} {side}_ids", ids, rows)
         return
-    expected = (query.shape[0], key.shape[0])
+    expected = (query.shape[0], every_key)
     if pairs.shape != expected:
         raise ValueError(f"{name} as a mask must have shape {expected}, got {tuple(pairs.shape)}")
     _check_device(f"{name} as a mask", pairs, query)
@@ -192,6 +177,37 @@ def _check_set(name: str, pairs: PairSet, query: Tensor, key: Tensor) -> None:
 def _check_device(name: str, x: Tensor, rows: Tensor) -> None:
     if x.device != rows.device:
         raise ValueError(f"{name} must be on {rows.device} like its rows, got {x.device}")
+
+
+def check_key_indices(name: str, indices: Tensor, query: Tensor, keys: int) -> None:
+    """Raise unless ``indices`` (N, k) int64 are from -1, which is padding, to the last of so many keys.
+
+    Their values are checked on the CPU only: a GPU would stall.
+    """
+    _check_index_matrix(name, indices)
+    if indices.shape[0] != query.shape[0]:
+        raise ValueError(
+            f"{name} must have a row per query: expected ({query.shape[0]}, k), got {tuple(indices.shape)}"
+        )
+    _check_device(name, indices, query)
+    check_range(name, indices, keys, f" for {keys} keys", low=-1)
+
+
+def _check_index_matrix(name: str, indices: Tensor) -> None:
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+        got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        raise TypeError(f"{name} must be an int64 tensor, got {got}")
+    if indices.dim() != 2:
+        raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(indices.shape)}")
+
+
+def check_range(name: str, indices: Tensor, count: int, what: str = "", *, low: int = 0) -> None:
+    """Raise unless readable ``indices`` are from ``low`` to ``count - 1``; ``what`` says of what."""
+    if not indices.numel() or not is_readable(indices):
+        return
+    least, most = (int(x) for x in indices.aminmax())
+    if least < low or most >= count:
+        raise ValueError(f"{name} must be from {low} to {count - 1}{what}, got from {least} to {most}")
 
 
 def check_ids(name: str, ids: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -214,8 +230,8 @@ def check_ids(name: str, ids: Tensor, rows: Tensor | None = None) -> Tensor:
 ALL_NEGATIVE = PairRule()
 
 
-def check_rule(rule: PairRule, query: Tensor, key: Tensor) -> None:
-    """Raise unless ``rule`` is one, and fits the (N, D) query and (M, D) key."""
+def check_rule(rule: PairRule, query: Tensor, key: Tensor, every_key: int | None = None) -> None:
+    """Raise unless ``rule`` is one, and fits as :meth:`PairRule.check_against` says."""
     if not isinstance(rule, PairRule):
         raise TypeError(f"rule must be a PairRule, got {type(rule).__name__}")
-    rule.check_against(query, key)
+    rule.check_against(query, key, every_key)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastcl.backends.reference import pair_masks
-from fastcl.distributed.gather import check_group, gather_rows, group_reduce
+from fastcl.distributed.gather import check_group, gather_rows, reduce
 from fastcl.similarity.by_rows import by_rows
 from fastcl.similarity.checks import (
     check_matrix,
@@ -23,7 +23,6 @@ from fastcl.similarity.numerics import (
     compute_dtype,
     masked_logsumexp,
     product,
-    reduce,
     unit_rows,
     without_autocast,
 )
@@ -90,14 +89,15 @@ def soft_cross_entropy(
     problem = Problem(views[0], key, scale, **rule.fields())
     dtype = compute_dtype(query.dtype)
 
-    def logits_of(rows: Tensor, keys: Tensor, factor: Tensor) -> Tensor:
-        x, y = unit_rows(rows, normalize), unit_rows(keys, normalize)
-        return product(x.to(dtype), y.to(dtype).T) * factor.to(dtype)
+    with without_autocast(query.device):
+        unit_views, unit_key, unit_teachers, unit_target_key = (
+            unit_rows(x, normalize).to(dtype) for x in (views, key, teachers, target_key.detach())
+        )
 
     def target_of(rows: slice, kept: Tensor) -> Tensor:
         softmaxes = []
-        for teacher in teachers:
-            logits = logits_of(teacher[rows], target_key.detach(), target_scale)
+        for teacher in unit_teachers:
+            logits = product(teacher[rows], unit_target_key.T) * target_scale.to(dtype)
             logits = logits if target_bias is None else logits + target_bias.to(dtype)
             lse = masked_logsumexp(logits, kept)[:, None]
             softmaxes.append((logits - lse).exp().where(kept, 0.0))
@@ -108,15 +108,15 @@ def soft_cross_entropy(
             negative, positive = pair_masks(problem, rows)
             kept = negative | positive
             target, losses = target_of(rows, kept), []
-            for view in views:
-                logits = logits_of(view[rows], key, scale)
+            for view in unit_views:
+                logits = product(view[rows], unit_key.T) * scale.to(dtype)
                 lse = masked_logsumexp(logits, kept)[:, None].where(kept, 0.0)
                 losses.append((target * (lse - logits).where(kept, 0.0)).sum(dim=1))
             return torch.stack(losses)
 
     losses = by_rows("soft_cross_entropy", of_rows, views[0], key.shape[0], backend)
     losses = losses if query.dim() == 3 else losses[0]
-    return reduce(losses, reduction) if group is None else _over_ranks(losses, reduction, group)
+    return reduce(losses, reduction, group)
 
 
 def _check_rows(query: Tensor, key: Tensor, target_query: Tensor, target_key: Tensor) -> None:
@@ -127,10 +127,6 @@ def _check_rows(query: Tensor, key: Tensor, target_query: Tensor, target_key: Te
     check_same("key", key, "query", query)
     check_same("target_key", target_key, "target_query", target_query)
     check_same_count("target_key", target_key, "key", key)
-
-
-def _over_ranks(losses: Tensor, reduction: str, group: dist.ProcessGroup) -> Tensor:
-    return losses if reduction == "none" else group_reduce(losses.flatten(), losses.numel(), reduction, group)
 
 
 @torch.no_grad()

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastcl.distributed.gather import check_group, gather_rows, row_counts
+from fastcl.distributed.gather import check_group, row_counts
 from fastcl.distributed.stats import group_stats
 from fastcl.ops import calls
 from fastcl.similarity.checks import check_matrix, check_same, check_vector, in_one_dtype, scalar
 from fastcl.similarity.fields import Statistics
-from fastcl.similarity.gathered import all_ranks
 from fastcl.similarity.numerics import logaddexp, masked_logsumexp, matmul_precision_level, softplus
 from fastcl.similarity.problem import Problem
 from fastcl.similarity.rules import ALL_NEGATIVE, PairRule, check_rule
@@ -168,12 +166,8 @@ def similarity_stats(
         if vector is not None:
             check_vector(name, vector, key)
     check_group(group, ring)
-    if group is not None and not (columns or ring):
-        counts = row_counts(key, group)
-        gather = partial(gather_rows, counts=counts, group=group)
-        key, rule = all_ranks(key, rule, group)
-        key_bias, key_scale = (x if x is None else gather(x) for x in (key_bias, key_scale))
-    check_rule(rule, query, key)
+    counts = None if group is None else row_counts(key, group)
+    check_rule(rule, query, key, None if counts is None else sum(counts))
     symmetric = query is key and key_bias is None and key_scale is None and rule.is_symmetric()
     problem = Problem(
         query,
@@ -187,13 +181,16 @@ def similarity_stats(
         symmetric=symmetric,
         precision=matmul_precision_level(),
     )
-    if group is not None and (columns or ring):
-        if not problem.has_simple_rule() or key_bias is not None or key_scale is not None:
+    if group is None:
+        of_rows, of_columns = calls.statistics(problem, columns, backend)
+    else:
+        simple = problem.has_simple_rule() and key_bias is None and key_scale is None
+        if (columns or ring) and not simple:
             raise ValueError(
                 "with group and columns or ring, rule must be one test of ids each; no key_bias or key_scale"
             )
-        problem = problem._replace(columns=columns, symmetric=False)
-        of_rows, of_columns = group_stats(problem, group, ring, global_ids=True)
-    else:
-        of_rows, of_columns = calls.statistics(problem, columns, backend)
+        problem = problem._replace(columns=columns)
+        of_rows, of_columns = group_stats(
+            problem, group, ring, global_ids=True, counts=counts, backend=backend
+        )
     return SimilarityStats(*of_rows, columns=None if of_columns is None else SimilarityStats(*of_columns))

@@ -3,7 +3,7 @@
 
 namespace fastcl::shared {
 
-enum class Layout : int { views, batch, pairs, negatives };
+enum class Layout : int { views, batch, pairs, negatives, paired };
 
 }  // namespace fastcl::shared
 namespace fastcl {

@@ -32,6 +32,14 @@ bool is_double(const Tensor& x) { return dtype_of(x) == DType::float64; }
 Input input_of(const Tensor& x) {
   return {x.const_data_ptr(), dtype_of(x), x.stride(0), x.size(0), x.size(1)};
 }
+// The rows of a contiguous (N, M, D), one after the other.
+Input every_row_of(const Tensor& x) {
+  return {x.const_data_ptr(), dtype_of(x), x.size(2), x.size(0) * x.size(1), x.size(2)};
+}
+
+Mask mask_of(const Tensor& x) {
+  return {static_cast<const uint8_t*>(x.const_data_ptr()), x.size(0), x.size(1), x.stride(0), x.stride(1)};
+}
 
 // The rule of a call, as Python gives it: in a list, two tensors of ids or one mask for each set.
 struct RuleArguments {
@@ -82,8 +90,7 @@ struct StatsCall {
         result.ids.push_back(ids(given[++i], x));
       } else {
         kept.push_back(x);
-        result.masks.push_back({static_cast<const uint8_t*>(x.const_data_ptr()), x.size(0), x.size(1),
-                                x.stride(0), x.stride(1)});
+        result.masks.push_back(mask_of(x));
       }
     }
     return result;
@@ -157,12 +164,15 @@ FiveTensors one_positive_op(Tensor query, Tensor positive, OptionalTensor negati
                             int64_t needs) {
   query = row_contiguous(query);
   positive = row_contiguous(positive);
-  if (negatives) negatives = row_contiguous(*negatives);
+  const bool paired = static_cast<Layout>(layout) == Layout::paired;
+  if (negatives) negatives = paired ? torch::stable::contiguous(*negatives) : row_contiguous(*negatives);
   const ScalarType dtype = is_double(query) ? ScalarType::Double : ScalarType::Float;
   const LossOutputs outputs(query, positive, negatives, scale, dtype, needs);
   const OnePositive args{input_of(query),
                          input_of(positive),
-                         negatives ? input_of(*negatives) : Input{},
+                         paired      ? every_row_of(*negatives)
+                         : negatives ? input_of(*negatives)
+                                     : Input{},
                          *static_cast<const double*>(scale.const_data_ptr()),
                          ids_of(query_ids),
                          ids_of(negative_ids),
@@ -182,8 +192,9 @@ FiveTensors one_positive_op(Tensor query, Tensor positive, OptionalTensor negati
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sup_con_op(Tensor query, OptionalTensor key, Tensor scale,
                                                       Tensor query_labels, OptionalTensor key_labels,
-                                                      bool normalize, bool log_of_mean, bool mean,
-                                                      int64_t precision, int64_t needs) {
+                                                      OptionalTensor positive_mask, bool normalize,
+                                                      bool log_of_mean, bool mean, int64_t precision,
+                                                      int64_t needs) {
   query = row_contiguous(query);
   if (key) key = row_contiguous(*key);
   const ScalarType dtype = is_double(query) ? ScalarType::Double : ScalarType::Float;
@@ -196,6 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sup_con_op(Tensor query, OptionalTens
                     *static_cast<const double*>(scale.const_data_ptr()),
                     ids_of(query_labels),
                     ids_of(key_labels),
+                    positive_mask ? mask_of(*positive_mask) : Mask{},
                     normalize,
                     log_of_mean,
                     mean,

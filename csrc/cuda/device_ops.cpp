@@ -71,7 +71,9 @@ auto one_positive(Tensor query, Tensor positive, OptionalTensor negatives, Tenso
 }
 
 auto sup_con(Tensor query, OptionalTensor key, Tensor scale, Tensor query_labels, OptionalTensor key_labels,
-             bool normalize, bool log_of_mean, bool mean, int64_t /*precision*/, int64_t needs) {
+             OptionalTensor positive_mask, bool normalize, bool log_of_mean, bool mean, int64_t /*precision*/,
+             int64_t needs) {
+  STD_TORCH_CHECK(!positive_mask, "the CUDA kernels take labels, no mask");
   const auto outputs = allocated("one_launch", [&] { return SupConOutputs(query, key, scale, needs); });
   run_on_device(query, scale, outputs.scale, [&](const Target& target, const auto& launch) {
     run_sup_con({query, key, query_labels, key_labels, normalize, log_of_mean, mean}, outputs, target,

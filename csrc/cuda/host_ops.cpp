@@ -40,8 +40,9 @@ auto host_one_positive(Tensor query, Tensor positive, OptionalTensor negatives, 
 }
 
 auto host_sup_con(Tensor query, OptionalTensor key, Tensor scale, Tensor query_labels,
-                  OptionalTensor key_labels, bool normalize, bool log_of_mean, bool mean,
-                  int64_t /*precision*/, int64_t needs, int64_t blocks, int64_t shared_bytes) {
+                  OptionalTensor key_labels, OptionalTensor positive_mask, bool normalize, bool log_of_mean,
+                  bool mean, int64_t /*precision*/, int64_t needs, int64_t blocks, int64_t shared_bytes) {
+  STD_TORCH_CHECK(!positive_mask, "the CUDA kernels take labels, no mask");
   const auto outputs = allocated("one_launch", [&] { return SupConOutputs(query, key, scale, needs); });
   run_with_scale(scale, outputs.scale, blocks, shared_bytes, [&](const Target& target, const auto& launch) {
     run_sup_con({query, key, query_labels, key_labels, normalize, log_of_mean, mean}, outputs, target,
@@ -101,7 +102,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastcl_native, m) {
       "int blocks, int shared_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "host_sup_con(Tensor query, Tensor? key, Tensor scale, Tensor query_labels, Tensor? key_labels, "
-      "bool normalize, bool log_of_mean, bool mean, int precision, int needs, int blocks, int shared_bytes) "
+      "Tensor? positive_mask, bool normalize, bool log_of_mean, bool mean, int precision, int needs, int "
+      "blocks, int shared_bytes) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   // on the device and, for the tests, on the host
   const std::string mixing =

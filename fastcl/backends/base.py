@@ -33,7 +33,7 @@ class Request:
 
     @classmethod
     def of_loss(cls, args: WholeLoss) -> Request:
-        return cls(args.query.device, args.query.dtype, args.has_op, args)
+        return cls(args.query.device, args.query.dtype, args.is_common, args)
 
     @classmethod
     def of_enqueue(cls, x: Tensor) -> Request:
@@ -81,6 +81,7 @@ class Backend:
     missing: Callable[[], str | None] = _nothing_missing  # why it is not available here
     unsupported_reasons: Callable[[Request], list[str]] = _anything  # why it cannot serve a request
     whole_losses: tuple[type[WholeLoss], ...] = ()  # which it computes with their gradients, in one op
+    every_form: bool = False  # whether also of a mask of positives, and of negatives of each query's own
     note: str = ""  # what a reader of show_config should know
     auto: bool = True  # whether 'auto' may choose it
 
@@ -101,4 +102,5 @@ class Backend:
 
     def serves_whole(self, loss: WholeLoss) -> bool:
         """Whether one op is all of ``loss``, which must be reduced then."""
-        return loss.reduction != "none" and loss.has_op and isinstance(loss, self.whole_losses)
+        served = isinstance(loss, self.whole_losses) and (loss.is_common or self.every_form)
+        return served and loss.reduction != "none"

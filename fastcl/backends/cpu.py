@@ -105,6 +105,7 @@ BACKEND = Backend(
     missing=native.missing_reason,
     unsupported_reasons=unsupported_reasons,
     whole_losses=(OnePositive, ManyPositives),
+    every_form=True,
     stats_forward=stats_forward,
     stats_backward=stats_backward,
     topk=topk,

@@ -9,6 +9,7 @@ from fastcl.backends.base import Request, WholeLoss
 from fastcl.backends.choice import choose
 from fastcl.distributed.gather import check_group, group_reduce
 from fastcl.distributed.stats import group_stats
+from fastcl.losses.families.one_positive import OnePositive
 from fastcl.ops import calls
 from fastcl.similarity.checks import check_reduction
 from fastcl.similarity.numerics import reduce
@@ -45,6 +46,15 @@ def loss_of(
     problem = args.problem()
     losses = args.losses(*calls.statistics(problem, problem.columns, backend.name))
     return reduce(losses, args.reduction)
+
+
+def paired_loss_of(args: OnePositive) -> Tensor:
+    """The loss of queries with negatives of their own: by one op where there is one, else by plain torch."""
+    backend = choose(Request.of(args.query))
+    if backend.serves_whole(args):
+        return calls.whole_loss(args, backend)
+    args = args.in_compute_dtype()
+    return reduce(args.losses_of(args.paired_lse()), args.reduction)
 
 
 def lse_neg_of(args: WholeLoss, group: dist.ProcessGroup | None = None, ring: bool = False) -> Tensor:

@@ -6,13 +6,12 @@ He et al. 2020, https://arxiv.org/abs/1911.05722.
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastcl.distributed.gather import group_reduce, reduce
-from fastcl.losses._scope import check_scope, loss_of, lse_neg_of
-from fastcl.losses.families.one_positive import BATCH, NEGATIVES, OnePositive
+from fastcl.losses._scope import check_scope, loss_of, lse_neg_of, paired_loss_of
+from fastcl.losses.families.one_positive import BATCH, NEGATIVES, PAIRED, OnePositive
 from fastcl.memory.queue import NegativeQueue
 from fastcl.similarity.checks import (
     check_choice,
@@ -23,18 +22,7 @@ from fastcl.similarity.checks import (
     in_one_dtype,
     inverse_scalar,
 )
-from fastcl.similarity.compiled import anchored
-from fastcl.similarity.numerics import (
-    compute_dtype,
-    inverse_norms,
-    logaddexp,
-    masked_logsumexp,
-    product,
-    row_dot,
-    softplus,
-    unit_rows,
-    without_autocast,
-)
+from fastcl.similarity.numerics import logaddexp
 from fastcl.similarity.rules import check_ids
 
 
@@ -121,18 +109,20 @@ def info_nce(
         raise ValueError("query_ids excludes negatives by id, but negative_keys carries no ids")
     elif negative_keys is not None:
         args = _with_negatives(args, negative_keys, paired)
+    if paired and not in_batch:
+        return paired_loss_of(_with_scaled_rows(args))
     # a whole-loss op takes negatives that are used as they are for constants, as a queue's
-    whole = not (paired or in_batch) and (normalize or of_this_rank)
+    whole = not in_batch and (normalize or of_this_rank)
     if negative_keys is None or whole:
         return loss_of(_with_scaled_rows(args), group, ring)
     args = _with_scaled_rows(args.in_compute_dtype())
     if paired:
-        lse_neg = _paired_lse(args)
+        lse_neg = args.paired_lse()
     else:
         lse_neg = lse_neg_of(args) if of_this_rank else lse_neg_of(args, group, ring)
     if in_batch:
         lse_neg = logaddexp(lse_neg, lse_neg_of(_batch_of(args), group, ring))
-    return reduce(_losses(args, lse_neg), reduction, group)
+    return reduce(args.losses_of(lse_neg), reduction, group)
 
 
 class InfoNCE(nn.Module):
@@ -194,7 +184,7 @@ def _with_negatives(args: OnePositive, negatives: Tensor, paired: bool) -> OnePo
         query=query,
         positive=positive,
         negatives=negatives,
-        layout=NEGATIVES,
+        layout=PAIRED if paired else NEGATIVES,
         normalize_negatives=args.normalize,
     )
 
@@ -219,21 +209,3 @@ def _with_queue(args: OnePositive, queue: NegativeQueue, query_ids: Tensor | Non
 def _batch_of(args: OnePositive) -> OnePositive:
     """The same queries among all positives, without the given negatives."""
     return args._replace(negatives=None, query_ids=None, negative_ids=None, layout=BATCH)
-
-
-def _paired_lse(args: OnePositive) -> Tensor:
-    """Each row has its own negatives: their logits are D times smaller than the input, plain torch serves."""
-    assert args.negatives is not None
-    with without_autocast(args.query.device):
-        query = unit_rows(args.query, args.normalize)
-        negatives = anchored(args.negatives).to(compute_dtype(args.negatives.dtype))
-        dots = product(negatives, query[:, :, None]).squeeze(-1)  # [N, M]
-        if args.normalize_negatives:
-            dots = dots * inverse_norms(negatives).squeeze(-1)
-        logits = args.scale.to(query.dtype) * dots
-        return masked_logsumexp(logits, torch.ones_like(logits, dtype=torch.bool))
-
-
-def _losses(args: OnePositive, lse_neg: Tensor) -> Tensor:
-    query, positive = unit_rows(args.query, args.normalize), unit_rows(args.positive, args.normalize)
-    return softplus(lse_neg - args.scale.to(query.dtype) * row_dot(query, positive))

@@ -171,6 +171,8 @@ def _positive_mask(mask: Tensor, samples: int, features: Tensor) -> Tensor:
         )
     if mask.device != features.device:
         raise ValueError(f"mask must be on {features.device} like features, got {mask.device}")
+    if mask.dtype == torch.bool:
+        return mask
     table = mask != 0
     if is_readable(mask) and not torch.equal(mask, table.to(mask.dtype)):
         raise ValueError("mask must hold zeros and ones only: weighted positives are not supported")

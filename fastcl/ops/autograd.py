@@ -11,7 +11,7 @@ from torch import Tensor
 from fastcl.backends import reference
 from fastcl.losses.families.many_positives import MANY_POSITIVES_INPUTS, MANY_POSITIVES_TENSORS, ManyPositives
 from fastcl.losses.families.mochi import MOCHI_INPUTS, Mochi
-from fastcl.losses.families.one_positive import ONE_POSITIVE_INPUTS, ONE_POSITIVE_TENSORS, OnePositive
+from fastcl.losses.families.one_positive import ONE_POSITIVE_INPUTS, ONE_POSITIVE_TENSORS, PAIRED, OnePositive
 from fastcl.ops.schema import library
 from fastcl.similarity.fields import LSE_NEG, STATISTICS, unpack
 from fastcl.similarity.numerics import reduce
@@ -206,6 +206,8 @@ def _second_order_one_positive(
 
 
 def _dense_loss(args: OnePositive | ManyPositives) -> Tensor:
+    if isinstance(args, OnePositive) and args.layout == PAIRED:
+        return reduce(args.losses_of(args.paired_lse()), args.reduction)
     problem = args.problem()
     rows, columns = reference.stats(problem)
     losses = args.losses(unpack(rows), unpack(columns) if problem.columns else None)
@@ -219,7 +221,7 @@ def save_many_positives(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def many_positives_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, scale, query_labels, key_labels, *unit_grads = ctx.saved_tensors
+    query, key, scale, query_labels, key_labels, positive_mask, *unit_grads = ctx.saved_tensors
     inputs = (query, key, scale)
     if not torch.is_grad_enabled():
         return _padded(ctx, _whole_loss_gradient(ctx, inputs, unit_grads, grad_loss))
@@ -232,6 +234,7 @@ def many_positives_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Te
         scale,
         query_labels,
         key_labels,
+        positive_mask,
         normalize=normalize,
         variant="in" if log_of_mean else "out",
         reduction="mean" if mean else "sum",

@@ -42,7 +42,7 @@ for _name, _of_backend in (("one_positive", ""), ("one_positive_by", "str backen
 # no backend's but the extension's, per device
 library.define(
     "sup_con(Tensor query, Tensor? key, Tensor scale, Tensor query_labels, Tensor? key_labels, "
-    "bool normalize, bool log_of_mean, bool mean, int precision, int needs)"
+    "Tensor? positive_mask, bool normalize, bool log_of_mean, bool mean, int precision, int needs)"
     " -> (Tensor loss, Tensor grad_query, Tensor grad_key, Tensor grad_scale)"
 )
 library.define(

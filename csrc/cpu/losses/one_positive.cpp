@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "cpu/losses/attend.h"
+#include "cpu/losses/paired.h"
 #include "cpu/losses/stats.h"
 #include "cpu/run/products.h"
 #include "cpu/run/unit_rows.h"
@@ -237,6 +238,7 @@ class Loss {
 
 template <class T>
 void one_positive(const OnePositive& args, const OnePositiveResult<T>& result) {
+  if (args.layout == Layout::paired) return paired(args, result);
   Loss<T>(args, result).run();
 }
 

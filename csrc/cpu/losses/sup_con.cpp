@@ -35,20 +35,25 @@ class SupConLoss {
  public:
   SupConLoss(const SupCon& args, const SupConResult<T>& result)
       : args_(args), result_(result), query_(unit_rows<T>({args.query}, args.normalize)) {
-    if (!args.symmetric()) key_ = unit_rows<T>({args.key}, args.normalize);
+    if (!args.own_keys()) key_ = unit_rows<T>({args.key}, args.normalize);
     problem_.query = query_.as_rows();
-    problem_.key = args.symmetric() ? problem_.query : key_.as_rows();
+    problem_.key = args.own_keys() ? problem_.query : key_.as_rows();
     problem_.scale2 = static_cast<T>(args.scale * kLog2E);
     problem_.symmetric = args.symmetric();
     if constexpr (std::is_same_v<T, float>)
       if (args.scale != 0)
-        bfloat16_ = bfloat16_sides({args.query}, query_, args.symmetric() ? nullptr : &args.key, &key_,
+        bfloat16_ = bfloat16_sides({args.query}, query_, args.own_keys() ? nullptr : &args.key, &key_,
                                    args.precision);
     problem_.bfloat16 = bfloat16_.problem;
     ids_ = allocate<int64_t>(problem_.key.count);
     std::iota(ids_.get(), ids_.get() + problem_.key.count, int64_t{0});
     problem_.exclude = {ids_.get(), ids_.get()};
-    problem_.positive = {args.symmetric() ? args.query_labels : args.key_labels, args.query_labels};
+    if (args.positive.data) {
+      rule_.positive.masks = {args.positive};
+      problem_.rule = &rule_;
+    } else {
+      problem_.positive = {args.own_keys() ? args.query_labels : args.key_labels, args.query_labels};
+    }
   }
 
   void run() {
@@ -56,26 +61,27 @@ class SupConLoss {
     const SideWeights<T> weights = weigh(statistics(problem_, false).rows);
     const bool query_wanted = result_.query || result_.scale;
     if (!query_wanted && !result_.key) return;
-    const PairSums<T> sums =
-        pair_sums(problem_, weights, {},
-                  {query_wanted, result_.key && !args_.symmetric(), false, result_.scale != nullptr});
+    // a row is also a key, whose gradient a symmetric problem's sums hold already
+    const bool both_roles = query_wanted && args_.own_keys() && !args_.symmetric();
+    const PairSums<T> sums = pair_sums(
+        problem_, weights, {}, {query_wanted, result_.key || both_roles, false, result_.scale != nullptr});
     const T scale = static_cast<T>(args_.scale);
     if (query_wanted) {
       const Buffer<T> radial = allocate<T>(rows);
-      write_gradients(query_, scale, parts_of(sums.query), rows_of(result_.query, query_.width),
-                      radial.get());
+      auto sum_of_row = [&](int64_t i, T* sum) {
+        add_parts(sums.query, i, sum);
+        if (both_roles) add_parts(sums.key, i, sum);
+      };
+      write_gradients(query_, scale, sum_of_row, rows_of(result_.query, query_.width), radial.get());
       const double total = std::accumulate(radial.get(), radial.get() + rows, 0.0);
-      if (result_.scale) *result_.scale = sums.scale.value_or(args_.symmetric() ? total / 2 : total);
+      if (result_.scale) *result_.scale = sums.scale.value_or(args_.own_keys() ? total / 2 : total);
     }
-    if (result_.key)
-      write_gradients<T>(key_, scale, parts_of(sums.key), rows_of(result_.key, key_.width), nullptr);
+    if (!result_.key) return;
+    auto sum_of_key = [&](int64_t i, T* sum) { add_parts(sums.key, i, sum); };
+    write_gradients<T>(key_, scale, sum_of_key, rows_of(result_.key, key_.width), nullptr);
   }
 
  private:
-  static auto parts_of(const Partials<T>& partials) {
-    return [&](int64_t i, T* sum) { add_parts(partials, i, sum); };
-  }
-
   // Writes the loss; returns the weights of the pairs in the backward pass.
   SideWeights<T> weigh(const State<T>& state) {
     using W = SideWeights<T>;
@@ -105,6 +111,7 @@ class SupConLoss {
   const SupConResult<T>& result_;
   UnitRows<T> query_, key_;
   BFloat16Sides bfloat16_;
+  PairRule rule_;
   Problem<T> problem_;
   Buffer<int64_t> ids_;
 };

@@ -1,6 +1,7 @@
 // SupCon, value and gradients in one call.
 #pragma once
 
+#include "cpu/run/pair_rule.h"
 #include "cpu/run/unit_rows.h"
 
 namespace fastcl::cpu {
@@ -10,12 +11,14 @@ struct SupCon {
   Input query, key;  // no key rows: the queries are the keys
   double scale;
   const int64_t *query_labels, *key_labels;
+  Mask positive;  // of samples, instead of the labels; without data: none
   bool normalize;
   bool log_of_mean;  // variant 'in', else 'out'
   bool mean;
   Precision precision;
 
-  bool symmetric() const { return !key.data; }
+  bool own_keys() const { return !key.data; }
+  bool symmetric() const { return own_keys() && !positive.data; }
 };
 
 // Where results go; gradients are for an incoming gradient of 1, null where not wanted.

@@ -26,14 +26,14 @@ class ManyPositives(NamedTuple):
     scale: Tensor  # ()
     query_labels: Tensor  # (N,) int64
     key_labels: Tensor | None = None  # (M,) int64; None: the queries'
+    positive_mask: Tensor | None = None  # (B, B) bool, of samples, instead of labels; rows are view-major
     normalize: bool = True
     variant: str = "out"  # or 'in'
     reduction: str = "mean"
-    positive_mask: Tensor | None = None  # (B, B) bool, of samples, instead of labels; rows are view-major
 
     @property
-    def has_op(self) -> bool:
-        """Whether the op for the whole loss takes these arguments."""
+    def is_common(self) -> bool:
+        """Whether every whole-loss op takes these arguments; those of all forms take them in any case."""
         return self.positive_mask is None
 
     def in_compute_dtype(self) -> ManyPositives:

@@ -13,7 +13,17 @@ from torch import Tensor
 
 from fastcl.similarity.compiled import anchored
 from fastcl.similarity.fields import Statistics
-from fastcl.similarity.numerics import compute_dtype, matmul_precision_level, row_dot, softplus, unit_rows
+from fastcl.similarity.numerics import (
+    compute_dtype,
+    inverse_norms,
+    masked_logsumexp,
+    matmul_precision_level,
+    product,
+    row_dot,
+    softplus,
+    unit_rows,
+    without_autocast,
+)
 from fastcl.similarity.problem import Problem
 
 # Layouts: what the rows are compared with.
@@ -21,6 +31,7 @@ VIEWS = 0  # both sides of query and positive, stacked, with each other (NT-Xent
 BATCH = 1  # query with all positives (InfoNCE in-batch)
 PAIRS = 2  # query with all positives and the reverse, averaged (CLIP)
 NEGATIVES = 3  # query with the given negatives (InfoNCE, MoCo)
+PAIRED = 4  # each query with negatives of its own
 
 
 class OnePositive(NamedTuple):
@@ -28,7 +39,7 @@ class OnePositive(NamedTuple):
 
     query: Tensor  # (N, D)
     positive: Tensor  # (N, D)
-    negatives: Tensor | None  # (M, D) with NEGATIVES, else None
+    negatives: Tensor | None  # (M, D) with NEGATIVES, (N, M, D) with PAIRED, else None
     scale: Tensor  # (), or (N, 1) until with_scaled_rows
     query_ids: Tensor | None = None  # (N,) int64, with NEGATIVES: negatives of the same id are excluded
     negative_ids: Tensor | None = None  # (M,) int64
@@ -38,9 +49,9 @@ class OnePositive(NamedTuple):
     reduction: str = "mean"
 
     @property
-    def has_op(self) -> bool:
-        """Whether the op for the whole loss takes these arguments."""
-        return True
+    def is_common(self) -> bool:
+        """Whether every whole-loss op takes these arguments; those of all forms take them in any case."""
+        return self.layout != PAIRED
 
     def in_compute_dtype(self) -> OnePositive:
         """Query and positive converted once: both enter twice, and their gradients should round once."""
@@ -57,7 +68,10 @@ class OnePositive(NamedTuple):
         )
 
     def problem(self) -> Problem:
-        """The statistics call whose ``lse_neg`` (rows, for PAIRS columns too) the loss is made of."""
+        """The statistics call whose ``lse_neg`` (rows, for PAIRS columns too) the loss is made of.
+
+        PAIRED has none: its ``lse_neg`` is :meth:`paired_lse`.
+        """
         query, key = self.query, self.positive
         query_ids, key_ids = self.query_ids, self.negative_ids
         normalize = self.normalize
@@ -86,14 +100,32 @@ class OnePositive(NamedTuple):
 
     def losses(self, rows: Statistics, columns: Statistics | None) -> Tensor:
         """The loss of each row from the statistics of :meth:`problem`."""
-        query, positive = unit_rows(self.query, self.normalize), unit_rows(self.positive, self.normalize)
-        positive_logit = row_dot(query, positive) * self.scale.to(query.dtype)
-        if self.layout == VIEWS:
-            positive_logit = positive_logit.repeat(2)
+        positive_logit = self._positive_logit()
         losses = softplus(rows.lse_neg - positive_logit)
         if columns is not None:
             losses = 0.5 * (losses + softplus(columns.lse_neg - positive_logit))
         return losses
+
+    def losses_of(self, lse_neg: Tensor) -> Tensor:
+        """The loss of each row from its ``lse_neg``."""
+        return softplus(lse_neg - self._positive_logit())
+
+    def paired_lse(self) -> Tensor:
+        """``lse_neg`` (N,) of PAIRED in plain torch: the logits are D times smaller than the negatives."""
+        assert self.negatives is not None
+        with without_autocast(self.query.device):
+            query = unit_rows(self.query, self.normalize)
+            negatives = anchored(self.negatives).to(compute_dtype(self.negatives.dtype))
+            dots = product(negatives, query[:, :, None]).squeeze(-1)  # [N, M]
+            if self.normalize_negatives:
+                dots = dots * inverse_norms(negatives).squeeze(-1)
+            logits = self.scale.to(query.dtype) * dots
+            return masked_logsumexp(logits, torch.ones_like(logits, dtype=torch.bool))
+
+    def _positive_logit(self) -> Tensor:
+        query, positive = unit_rows(self.query, self.normalize), unit_rows(self.positive, self.normalize)
+        logit = row_dot(query, positive) * self.scale.to(query.dtype)
+        return logit.repeat(2) if self.layout == VIEWS else logit
 
 
 ONE_POSITIVE_INPUTS = OnePositive._fields.index("query_ids")  # the first ones, which may need a gradient

@@ -19,7 +19,7 @@ from fastcl.losses.families.mochi import Mochi
 from fastcl.losses.families.one_positive import ONE_POSITIVE_INPUTS
 from fastcl.ops.autograd import WHOLE_LOSS_FUNCTIONS, needs_of
 from fastcl.similarity.fields import Measured, unpack
-from fastcl.similarity.numerics import matmul_precision_level
+from fastcl.similarity.numerics import matmul_precision_level, without_autocast
 from fastcl.similarity.problem import Problem, TopK
 
 
@@ -77,6 +77,9 @@ def topk(args: TopK, backend: str = "auto") -> tuple[Tensor, Tensor]:
     chosen = choose(Request.of(args.query, simple_rule=args.simple_exclude() is not None), backend)
     if chosen.name == reference.BACKEND.name:
         return reference.topk(args)
+    if type(args.query) is Tensor and not torch.compiler.is_compiling():
+        with without_autocast(args.query.device):
+            return chosen.topk(args)  # what the op would call: no gradient, so nothing else sees it
     values, indices = torch.ops.fastcl.topk(*args, chosen.name)
     return values, indices
 

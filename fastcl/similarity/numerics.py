@@ -20,6 +20,8 @@ _MANY = 1 << 15  # components, from which on float64 is what takes the time
 
 _PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 
+_NO_CONTEXT = contextlib.nullcontext()
+
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -53,8 +55,8 @@ def matmul_precision_level() -> int:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """A block without autocast; meta tensors know none."""
-    if device.type == "meta":
-        return contextlib.nullcontext()
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return _NO_CONTEXT
     return torch.autocast(device.type, enabled=False)
 
 

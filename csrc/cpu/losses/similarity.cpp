@@ -39,7 +39,23 @@ Side<T> make_side(const Input& input, bool normalize, const T* factor) {
   return side;
 }
 
-enum class Use { statistics, gradients, similarities };
+enum class Use { similarities, statistics, gradients };
+
+// Whether the products of bfloat16 rows are normal numbers or zero: the units take others for zero.
+bool products_are_normal(const Input& x, const Input& y) {
+  constexpr uint16_t kTiny = 64 << 7, kMagnitude = 0x7fff;  // 2^-63
+  for (const Input& input : {x, y}) {
+    if (input.dtype != DType::bfloat16) return false;
+    for (int64_t i = 0; i < input.count; i++) {
+      const uint16_t* row = static_cast<const uint16_t*>(input.row(i));
+      int tiny = 0;
+      for (int64_t d = 0; d < input.width; d++)
+        tiny |= (row[d] & kMagnitude) != 0 && (row[d] & kMagnitude) < kTiny;
+      if (tiny) return false;
+    }
+  }
+  return true;
+}
 
 template <class T>
 class Similarity {
@@ -47,6 +63,8 @@ class Similarity {
   Similarity(const SimilarityCall& call, Use use)
       : call_(call),
         key_scale_(static_cast<const T*>(call.key_scale)),
+        bfloat16_fits_(call.scale != 0 &&
+                       (use != Use::similarities || products_are_normal(call.query, call.key))),
         query_(side(call.query, nullptr, use)),
         key_(call.symmetric ? Side<T>{} : side(call.key, key_scale_, use)) {
     problem_.query = query_.rows;
@@ -56,7 +74,7 @@ class Similarity {
     set_rule();
     problem_.symmetric = call.symmetric;
     if constexpr (std::is_same_v<T, float>)
-      if (use != Use::similarities && call.scale != 0) set_bfloat16_rows();
+      if (bfloat16_fits_) set_bfloat16_rows();
   }
 
   void forward(const SimilarityResult<T>& result) const {
@@ -114,9 +132,9 @@ class Similarity {
   }
 
   Side<T> side(const Input& input, const T* factor, Use use) const {
-    const bool as_it_is = use == Use::statistics && bfloat16_kernels() && call_.scale != 0 &&
-                          !call_.normalize && call_.query.dtype == DType::bfloat16 &&
-                          call_.key.dtype == DType::bfloat16 && (!key_scale_ || factors_fit());
+    const bool as_it_is = use != Use::gradients && bfloat16_kernels() && bfloat16_fits_ && !call_.normalize &&
+                          call_.query.dtype == DType::bfloat16 && call_.key.dtype == DType::bfloat16 &&
+                          (!key_scale_ || factors_fit());
     if (!as_it_is) return make_side(input, call_.normalize, factor);
     Side<T> side;
     side.rows.count = input.count;
@@ -216,6 +234,7 @@ class Similarity {
 
   const SimilarityCall& call_;
   const T* key_scale_;
+  const bool bfloat16_fits_;
   Side<T> query_, key_;
   BFloat16Sides bfloat16_;
   PairRule rule_;

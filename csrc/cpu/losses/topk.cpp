@@ -67,7 +67,15 @@ T value_of(Order<T> order) {
 template <class T>
 void estimate_thresholds(const Problem<T>& problem, int64_t sampled, int64_t rank, T* thresholds) {
   Problem<T> sample = problem;
-  sample.key.stride *= problem.key.count / sampled;
+  const int64_t step = problem.key.count / sampled;
+  sample.key.stride *= step;
+  Buffer<float> factor;
+  if (problem.bfloat16.parts) {
+    sample.bfloat16.key.stride *= step;
+    factor = allocate<float>(sampled);
+    for (int64_t j = 0; j < sampled; j++) factor[j] = problem.bfloat16.key.factor[j * step];
+    sample.bfloat16.key.factor = factor.get();
+  }
   for_each_range(problem.query.count, kSampleLanes, [&](int64_t begin, int64_t end, Scratch& scratch) {
     Tile<T> all{scratch.take<T>(kTileSlot, sampled * kSampleLanes), kSampleLanes, sampled, end - begin};
     const auto products = make_products(sample, kKeyRows, kSampleLanes, scratch);

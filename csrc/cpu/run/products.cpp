@@ -17,7 +17,7 @@ class ProductsInT : public Products<T> {
 
   void set_lanes(int64_t begin, int64_t count) override {
     lanes_ = count;
-    lane_data_ = problem_.query.row(begin);
+    first_lane_ = lane_data_ = problem_.query.row(begin);
     lane_stride_ = problem_.query.stride;
     is_packed_ = false;
   }
@@ -34,10 +34,14 @@ class ProductsInT : public Products<T> {
   }
 
   void logits(Tile<T> tile) override {
-    if (!is_packed_) k_.pack_lanes(packed_, lane_data_, lane_stride_, lanes_, problem_.query.width);
+    const T* bias = problem_.bias2 ? problem_.bias2 + row_begin_ : nullptr;
+    // a pair of a symmetric problem is to be rounded alike in both its places
+    if (lanes_ <= kFewLanes && !problem_.symmetric)
+      return k_.few_logits(tile, row_data_, row_stride_, first_lane_, problem_.query.stride, width_,
+                           problem_.scale2, bias);
+    if (!is_packed_) k_.pack_lanes(packed_, first_lane_, problem_.query.stride, lanes_, problem_.query.width);
     is_packed_ = true;
-    k_.logits(tile, row_data_, row_stride_, packed_, problem_.query.width, problem_.scale2,
-              problem_.bias2 ? problem_.bias2 + row_begin_ : nullptr);
+    k_.logits(tile, row_data_, row_stride_, packed_, problem_.query.width, problem_.scale2, bias);
   }
   void add_to_lanes(Tile<T> tile, T* out) override {
     k_.add_to_lanes(tile, row_data_, row_stride_, out, width_, width_);
@@ -47,12 +51,14 @@ class ProductsInT : public Products<T> {
   }
 
  private:
+  static constexpr int64_t kFewLanes = 2;  // whose vectors would be all but empty
+
   const Kernels<T>& k_ = kernels<T>();
   const Problem<T>& problem_;
   Scratch& scratch_;
   const int64_t width_;
   T *packed_, *scaled_;
-  const T *lane_data_ = nullptr, *row_data_ = nullptr;
+  const T *first_lane_ = nullptr, *lane_data_ = nullptr, *row_data_ = nullptr;
   int64_t lanes_ = 0, row_begin_ = 0, lane_stride_ = 0, row_stride_ = 0;
   bool is_packed_ = false;
 };

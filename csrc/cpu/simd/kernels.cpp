@@ -95,13 +95,50 @@ void pack_lanes(T* packed, const T* x, int64_t stride, int64_t lanes, int64_t wi
 // ---- products ----
 
 template <class T>
+void exclude_past_last(Tile<T> tile) {
+  for (int64_t r = 0; r < tile.rows; r++)
+    for (int64_t i = tile.lanes; i < vectors_of(tile) * kLanes<T>; i++) tile.row(r)[i] = excluded_logit<T>;
+}
+
+template <class T>
 void logits(Tile<T> tile, const T* y, int64_t y_stride, const T* packed, int64_t width, T scale,
             const T* bias) {
   const int64_t padded = vectors_of(tile) * kLanes<T>;
   gemm<T>(tile.rows, padded, width, {y, y_stride, 1}, packed, kPanel<T>, kPanel<T> * width, tile.s,
           tile.stride, {false, scale, bias});
-  for (int64_t r = 0; r < tile.rows; r++)
-    for (int64_t i = tile.lanes; i < padded; i++) tile.row(r)[i] = excluded_logit<T>;
+  exclude_past_last(tile);
+}
+
+// As many rows at a time as a vector has components, which are summed together in the end.
+template <class T>
+void few_logits(Tile<T> tile, const T* y, int64_t y_stride, const T* x, int64_t x_stride, int64_t width,
+                T scale, const T* bias) {
+  constexpr int64_t kSide = kLanes<T>;
+  for (int64_t first = 0; first < tile.rows; first += kSide) {
+    const int64_t last = first + kSide < tile.rows ? first + kSide : tile.rows;
+    for (int64_t i = 0; i < tile.lanes; i++) {
+      Vec<T> sum[kSide] = {};
+      for (int64_t begin = 0; begin < width; begin += kDepth) {
+        const int64_t end = begin + kDepth < width ? begin + kDepth : width;
+        Vec<T> block[kSide] = {};
+        for (int64_t k = begin; k < end; k += kSide) {
+          const Vec<T> component = load(x + i * x_stride + k);
+#pragma GCC unroll 16
+          for (int64_t r = 0; r < kSide; r++)
+            block[r] += load(y + (first + r < last ? first + r : first) * y_stride + k) * component;
+        }
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < kSide; r++) sum[r] += block[r];
+      }
+      transpose<T>(sum);
+#pragma GCC unroll 4
+      for (int64_t half = kSide / 2; half > 0; half /= 2)
+        for (int64_t r = 0; r < half; r++) sum[r] += sum[r + half];
+      for (int64_t r = first; r < last; r++)
+        tile.row(r)[i] = sum[0][r - first] * scale + (bias ? bias[r] : T(0));
+    }
+  }
+  exclude_past_last(tile);
 }
 
 template <class T>
@@ -334,10 +371,11 @@ int64_t select_above(Tile<T> tile, const T* threshold, Selected<T> selected) {
 
 template <class T>
 constexpr Kernels<T> kTable = {
-    kLanes<T>,        kPanel<T>,       load_rows<T>,    dot<T>,          sum<T>,           add_scaled<T>,
-    pack_lanes<T>,    logits<T>,       add_to_lanes<T>, add_to_rows<T>,  exclude<T>,       split<T>,
-    split_members<T>, lane_max<T>,     lane_log_sum<T>, both_log_sum<T>, exponentiate<T>,  lane_weights<T>,
-    both_weights<T>,  pair_weights<T>, join_logits<T>,  weighted_sum<T>, lane_quantile<T>, select_above<T>,
+    kLanes<T>,       kPanel<T>,       load_rows<T>,    dot<T>,           sum<T>,
+    add_scaled<T>,   pack_lanes<T>,   logits<T>,       few_logits<T>,    add_to_lanes<T>,
+    add_to_rows<T>,  exclude<T>,      split<T>,        split_members<T>, lane_max<T>,
+    lane_log_sum<T>, both_log_sum<T>, exponentiate<T>, lane_weights<T>,  both_weights<T>,
+    pair_weights<T>, join_logits<T>,  weighted_sum<T>, lane_quantile<T>, select_above<T>,
 };
 
 }  // namespace

@@ -103,6 +103,9 @@ struct Kernels {
   // tile = scale y x^T + bias (null: 0), bias per row; lanes past the last are excluded.
   void (*logits)(Tile<T> tile, const T* y, int64_t y_stride, const T* packed, int64_t width, T scale,
                  const T* bias);
+  // The same of few lanes, whose rows are as they are, like y padded to whole vectors with zeros.
+  void (*few_logits)(Tile<T> tile, const T* y, int64_t y_stride, const T* x, int64_t x_stride, int64_t width,
+                     T scale, const T* bias);
   // lane_out += tile^T y
   void (*add_to_lanes)(Tile<T> tile, const T* y, int64_t y_stride, T* out, int64_t out_stride, int64_t width);
   // row_out += tile x

@@ -160,8 +160,8 @@ FiveTensors stats_backward(Tensor query, Tensor key, Tensor scale, OptionalTenso
 
 FiveTensors one_positive_op(Tensor query, Tensor positive, OptionalTensor negatives, Tensor scale,
                             OptionalTensor query_ids, OptionalTensor negative_ids, int64_t layout,
-                            bool normalize, bool normalize_negatives, bool mean, int64_t precision,
-                            int64_t needs) {
+                            bool normalize, bool normalize_negatives, bool decoupled, bool mean,
+                            int64_t precision, int64_t needs) {
   query = row_contiguous(query);
   positive = row_contiguous(positive);
   const bool paired = static_cast<Layout>(layout) == Layout::paired;
@@ -179,6 +179,7 @@ FiveTensors one_positive_op(Tensor query, Tensor positive, OptionalTensor negati
                          static_cast<Layout>(layout),
                          normalize,
                          normalize_negatives,
+                         decoupled,
                          mean,
                          static_cast<Precision>(precision)};
   auto run = [&](auto zero) {

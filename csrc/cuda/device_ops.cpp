@@ -59,7 +59,8 @@ void run_on_device(const Tensor& query, const Tensor& scale, const Tensor& scale
 
 auto one_positive(Tensor query, Tensor positive, OptionalTensor negatives, Tensor scale,
                   OptionalTensor query_ids, OptionalTensor negative_ids, int64_t layout, bool normalize,
-                  bool normalize_negatives, bool mean, int64_t /*precision*/, int64_t needs) {
+                  bool normalize_negatives, bool decoupled, bool mean, int64_t /*precision*/, int64_t needs) {
+  STD_TORCH_CHECK(!decoupled, "the CUDA kernels have no decoupled loss");
   const auto outputs = allocated(
       "one_launch", [&] { return LossOutputs(query, positive, negatives, scale, ScalarType::Float, needs); });
   run_on_device(query, scale, outputs.scale, [&](const Target& target, const auto& launch) {

@@ -27,8 +27,9 @@ void run_with_scale(const Tensor& scale, const Tensor& scale_gradient, int64_t b
 
 auto host_one_positive(Tensor query, Tensor positive, OptionalTensor negatives, Tensor scale,
                        OptionalTensor query_ids, OptionalTensor negative_ids, int64_t layout, bool normalize,
-                       bool normalize_negatives, bool mean, int64_t /*precision*/, int64_t needs,
-                       int64_t blocks, int64_t shared_bytes) {
+                       bool normalize_negatives, bool decoupled, bool mean, int64_t /*precision*/,
+                       int64_t needs, int64_t blocks, int64_t shared_bytes) {
+  STD_TORCH_CHECK(!decoupled, "the CUDA kernels have no decoupled loss");
   const auto outputs = allocated(
       "one_launch", [&] { return LossOutputs(query, positive, negatives, scale, ScalarType::Float, needs); });
   run_with_scale(scale, outputs.scale, blocks, shared_bytes, [&](const Target& target, const auto& launch) {
@@ -97,7 +98,8 @@ bool mixing_fits(int64_t width, int64_t n_hard, int64_t synthetics, int64_t shar
 STABLE_TORCH_LIBRARY_FRAGMENT(fastcl_native, m) {
   m.def(
       "host_one_positive(Tensor query, Tensor positive, Tensor? negatives, Tensor scale, Tensor? query_ids, "
-      "Tensor? negative_ids, int layout, bool normalize, bool normalize_negatives, bool mean, int precision, "
+      "Tensor? negative_ids, int layout, bool normalize, bool normalize_negatives, bool decoupled, bool "
+      "mean, int precision, "
       "int needs, "
       "int blocks, int shared_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(

@@ -33,7 +33,7 @@ class Request:
 
     @classmethod
     def of_loss(cls, args: WholeLoss) -> Request:
-        return cls(args.query.device, args.query.dtype, args.is_common, args)
+        return cls(args.query.device, args.query.dtype, args.simple_rule, args)
 
     @classmethod
     def of_enqueue(cls, x: Tensor) -> Request:
@@ -81,7 +81,7 @@ class Backend:
     missing: Callable[[], str | None] = _nothing_missing  # why it is not available here
     unsupported_reasons: Callable[[Request], list[str]] = _anything  # why it cannot serve a request
     whole_losses: tuple[type[WholeLoss], ...] = ()  # which it computes with their gradients, in one op
-    every_form: bool = False  # whether also of a mask of positives, and of negatives of each query's own
+    every_form: bool = False  # whether also those that are not common
     note: str = ""  # what a reader of show_config should know
     auto: bool = True  # whether 'auto' may choose it
 

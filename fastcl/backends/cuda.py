@@ -44,6 +44,8 @@ def unsupported_reasons(request: Request) -> list[str]:
         reasons.append("it takes float32, float16 and bfloat16, not float64")
     if not request.simple_rule:
         reasons.append("a dense mask is served by 'chunked' only")
+    elif loss is not None and not loss.is_common:
+        reasons.append("it has no kernel for this form of the loss")
     negatives = loss.negatives if isinstance(loss, OnePositive) else None
     if negatives is not None and negatives.dtype != request.dtype:
         reasons.append(f"the negatives are {negatives.dtype}, the queries {request.dtype}")

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastcl.distributed.gather import gather_rows, ids_of_rows, reduce, row_counts
-from fastcl.losses._scope import check_scope
+from fastcl.losses._scope import check_scope, loss_of
+from fastcl.losses.families.one_positive import BATCH, VIEWS, OnePositive
 from fastcl.similarity.checks import check_pair, inverse_scalar
 from fastcl.similarity.compiled import anchored
 from fastcl.similarity.numerics import compute_dtype, row_dot, unit_rows
@@ -57,13 +58,15 @@ def decoupled_loss(
     check_scope(reduction, group, ring)
     z1, z2 = check_pair("z1", z1, "z2", z2)
     scale = inverse_scalar("temperature", temperature, z1)
+    if sigma is None:
+        layout = VIEWS if within_views else BATCH
+        args = OnePositive(z1, z2, None, scale, layout=layout, decoupled=True, reduction=reduction)
+        return loss_of(args, group, ring)
     dtype = compute_dtype(z1.dtype)  # rows enter twice, and their gradients should round once
     z1, z2 = anchored(z1).to(dtype), anchored(z2).to(dtype)
     cosines = row_dot(unit_rows(z1), unit_rows(z2))
-    positive = cosines * scale.to(dtype)
-    if sigma is not None:
-        inverse = inverse_scalar("sigma", sigma, z1).detach().to(dtype)
-        positive = positive * _weights(cosines.detach() * inverse, group)
+    inverse = inverse_scalar("sigma", sigma, z1).detach().to(dtype)
+    positive = cosines * scale.to(dtype) * _weights(cosines.detach() * inverse, group)
     query, key = z1, z2
     ids = ids_of_rows(z1.shape[0], group, z1.device)
     if within_views:

@@ -111,9 +111,7 @@ def info_nce(
         args = _with_negatives(args, negative_keys, paired)
     if paired and not in_batch:
         return paired_loss_of(_with_scaled_rows(args))
-    # a whole-loss op takes negatives that are used as they are for constants, as a queue's
-    whole = not in_batch and (normalize or of_this_rank)
-    if negative_keys is None or whole:
+    if negative_keys is None or not in_batch:
         return loss_of(_with_scaled_rows(args), group, ring)
     args = _with_scaled_rows(args.in_compute_dtype())
     if paired:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastcl.losses._scope import loss_of
+from fastcl.losses.families.one_positive import NEGATIVES, OnePositive
 from fastcl.similarity.checks import (
     check_matrix,
     check_reduction,
@@ -65,13 +67,27 @@ def prototype_nce(
         query, prototypes = in_one_dtype(query, prototypes)
     assigned = check_assigned(assigned, query, prototypes)
     scale = _inverse_temperature(temperature, prototypes)
+    names = torch.arange(prototypes.shape[0], device=prototypes.device)
     dtype = compute_dtype(query.dtype)  # rows enter twice, and their gradients should round once
     query, prototypes = anchored(query).to(dtype), anchored(prototypes).to(dtype)
+    if bias is None and not scale.dim():
+        args = OnePositive(
+            query,
+            prototypes[assigned],
+            prototypes,
+            scale,
+            assigned,
+            names,
+            layout=NEGATIVES,
+            normalize=normalize,
+            normalize_negatives=normalize,
+            reduction=reduction,
+        )
+        return loss_of(args)
     key_scale = scale if scale.dim() else None
     if bias is not None:
         check_vector("bias", bias, prototypes)
         bias = anchored(bias).to(dtype)
-    names = torch.arange(prototypes.shape[0], device=prototypes.device)
     lse_neg = similarity_stats(
         query,
         prototypes,

@@ -188,7 +188,7 @@ def _second_order_one_positive(
     query, positive, negatives, scale = views
     if ctx.frozen is not None:
         negatives, negative_ids = (frozen.get() for frozen in ctx.frozen)
-    layout, normalize, normalize_negatives, mean, *_ = ctx.flags
+    layout, normalize, normalize_negatives, decoupled, mean, *_ = ctx.flags
     args = OnePositive(
         query,
         positive,
@@ -199,6 +199,7 @@ def _second_order_one_positive(
         layout=layout,
         normalize=normalize,
         normalize_negatives=normalize_negatives,
+        decoupled=decoupled,
         reduction="mean" if mean else "sum",
     )
     loss = _dense_loss(args.in_compute_dtype())

@@ -35,8 +35,8 @@ library.define(
 for _name, _of_backend in (("one_positive", ""), ("one_positive_by", "str backend, ")):
     library.define(
         f"{_name}(Tensor query, Tensor positive, Tensor? negatives, Tensor scale, Tensor? query_ids, "
-        "Tensor? negative_ids, int layout, bool normalize, bool normalize_negatives, bool mean, "
-        f"int precision, {_of_backend}int needs) -> "
+        "Tensor? negative_ids, int layout, bool normalize, bool normalize_negatives, bool decoupled, "
+        f"bool mean, int precision, {_of_backend}int needs) -> "
         "(Tensor loss, Tensor grad_query, Tensor grad_positive, Tensor grad_negatives, Tensor grad_scale)"
     )
 # no backend's but the extension's, per device

@@ -67,8 +67,8 @@ class Loss {
       problem_.key = problem_.query;
     } else if (args_.layout != Layout::negatives) {
       problem_.key = positive_.as_rows();
-    } else if (args_.normalize_negatives) {
-      negatives_ = unit_rows<T>({args_.negatives}, true);
+    } else if (args_.normalize_negatives || result_.negatives) {
+      negatives_ = unit_rows<T>({args_.negatives}, args_.normalize_negatives);
       problem_.key = negatives_.as_rows();
     } else {
       problem_.key = key_rows<T>(args_.negatives);
@@ -95,7 +95,7 @@ class Loss {
   // Adds one direction's loss of row i, weighted, and returns the gradient of its lse_neg.
   T add_loss(int64_t i, T max, T sum, T weight) {
     const T similarity = kernels<T>().dot(query_.row(i), positive_row(i), query_.stride);
-    const SoftPlus<T> loss = softplus(log_sum_exp(max, sum, problem_.scale2 * similarity));
+    const SoftPlus<T> loss = loss_of_row<T>(args_, log_sum_exp(max, sum, problem_.scale2 * similarity));
     losses_[i] += weight * loss.value;
     const T gradient = loss.slope * weight * incoming_;
     pull_[i] += gradient;

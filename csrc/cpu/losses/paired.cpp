@@ -64,7 +64,7 @@ class PairedLoss {
     const T positive = scale * k.dot(query_.row(i), positive_.row(i), query_.stride);
     for (int64_t j = 0; j < keys_; j++) weights[j] = std::exp(weights[j] - max);
     const T sum = static_cast<T>(std::accumulate(weights, weights + keys_, 0.0));
-    const SoftPlus<T> loss = softplus(keys_ ? max - positive + std::log(sum) : -T(INFINITY));
+    const SoftPlus<T> loss = loss_of_row<T>(args_, keys_ ? max - positive + std::log(sum) : -T(INFINITY));
     losses_[i] = loss.value;
     pull_[i] = loss.slope * incoming_;
     for (int64_t j = 0; j < keys_; j++) weights[j] *= pull_[i] / sum;

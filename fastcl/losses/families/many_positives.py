@@ -34,6 +34,11 @@ class ManyPositives(NamedTuple):
     @property
     def is_common(self) -> bool:
         """Whether every whole-loss op takes these arguments; those of all forms take them in any case."""
+        return self.simple_rule
+
+    @property
+    def simple_rule(self) -> bool:
+        """Whether :meth:`problem` tests ids only."""
         return self.positive_mask is None
 
     def in_compute_dtype(self) -> ManyPositives:

@@ -46,12 +46,20 @@ class OnePositive(NamedTuple):
     layout: int = BATCH
     normalize: bool = True  # query and positive
     normalize_negatives: bool = True
+    decoupled: bool = False  # lse_neg - positive_logit, in place of its softplus; 0 without negatives
     reduction: str = "mean"
 
     @property
     def is_common(self) -> bool:
         """Whether every whole-loss op takes these arguments; those of all forms take them in any case."""
-        return self.layout != PAIRED
+        as_they_are = self.negatives is not None and not self.normalize_negatives
+        learned = self.negatives is not None and self.negatives.requires_grad
+        return not (self.layout == PAIRED or self.decoupled or (as_they_are and learned))
+
+    @property
+    def simple_rule(self) -> bool:
+        """Whether :meth:`problem` tests ids only."""
+        return True
 
     def in_compute_dtype(self) -> OnePositive:
         """Query and positive converted once: both enter twice, and their gradients should round once."""
@@ -100,15 +108,13 @@ class OnePositive(NamedTuple):
 
     def losses(self, rows: Statistics, columns: Statistics | None) -> Tensor:
         """The loss of each row from the statistics of :meth:`problem`."""
-        positive_logit = self._positive_logit()
-        losses = softplus(rows.lse_neg - positive_logit)
-        if columns is not None:
-            losses = 0.5 * (losses + softplus(columns.lse_neg - positive_logit))
-        return losses
+        losses = self.losses_of(rows.lse_neg)
+        return losses if columns is None else 0.5 * (losses + self.losses_of(columns.lse_neg))
 
     def losses_of(self, lse_neg: Tensor) -> Tensor:
         """The loss of each row from its ``lse_neg``."""
-        return softplus(lse_neg - self._positive_logit())
+        excess = lse_neg - self._positive_logit()
+        return excess.masked_fill(lse_neg == -torch.inf, 0.0) if self.decoupled else softplus(excess)
 
     def paired_lse(self) -> Tensor:
         """``lse_neg`` (N,) of PAIRED in plain torch: the logits are D times smaller than the negatives."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastcl
-from bench import packages
+from bench import objectives, packages
 from bench.packages import LossFunction
 from fastcl import MochiDraws, NegativeQueue, testing
 
@@ -144,6 +144,16 @@ def _classes(case: Case) -> Arguments:
     return features, labels.to(case.device)
 
 
+def _rows_and_classes(case: Case) -> Arguments:
+    features, labels = _classes(case)
+    return features.detach()[:, 0].clone().requires_grad_(), labels
+
+
+def _assigned(case: Case) -> Arguments:
+    query, _, prototypes = _learned_negatives(case)
+    return query, prototypes, torch.randint(case.keys, (case.rows,), generator=_generator(3)).to(case.device)
+
+
 def _leaf(case: Case, values: Tensor) -> Tensor:
     return values.to(case.device, case.dtype).requires_grad_()
 
@@ -203,6 +213,30 @@ LOSSES = {
         pypi=packages.pypi_sup_con,
         package=_METRIC_LEARNING,
     ),
+    "decoupled_loss": Loss(
+        fastcl.decoupled_loss,
+        objectives.decoupled_loss,
+        _views,
+        views=2,
+        options={"temperature": 0.1},
+    ),
+    "hard_negative_loss": Loss(
+        fastcl.hard_negative_loss,
+        objectives.hard_negative_loss,
+        _views,
+        views=2,
+        options={"temperature": 0.5},
+    ),
+    "prototype_nce": Loss(
+        fastcl.prototype_nce, objectives.prototype_nce, _assigned, options={"temperature": 0.1}
+    ),
+    "triplet_loss": Loss(fastcl.triplet_loss, objectives.triplet_loss, _views, options={"margin": 0.2}),
+    "batch_hard_triplet_loss": Loss(
+        fastcl.batch_hard_triplet_loss,
+        objectives.batch_hard_triplet_loss,
+        _rows_and_classes,
+        options={"margin": 0.2},
+    ),
 }
 
 _BFLOAT16 = torch.bfloat16
@@ -228,6 +262,11 @@ _GRID = (
     Case("clip_loss", 1024, 512),
     Case("clip_loss", 1024, 512, dtype=_BFLOAT16),
     Case("sup_con", 512, 128, classes=100, sides=SIDES),
+    Case("decoupled_loss", 1024, 128),
+    Case("hard_negative_loss", 1024, 128),
+    Case("prototype_nce", 256, 128, keys=16_384),
+    Case("triplet_loss", 4096, 128),
+    Case("batch_hard_triplet_loss", 4096, 128, classes=100),
 )
 
 # the sides of these live on a GPU; a machine without one skips them

@@ -34,6 +34,7 @@ _SLOW = 0.9
 _SECONDS = 1.5  # a run of a cell, without what a cell of few rounds takes longer
 _KEYS = 4096  # of a queue, or explicit negatives
 _BFLOAT16 = torch.bfloat16
+_LOSSES = ("nt_xent", "info_nce", "info_nce_negatives", "moco", "mochi", "clip_loss", "sup_con")
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def _sup_con(form: str, rows: int, dtype: torch.dtype = torch.float32) -> Cell:
 
 def _every_loss(rows: int, dtype: torch.dtype = torch.float32) -> list[Cell]:
     return [
-        *(_loss(name, rows, dtype) for name in LOSSES),
+        *(_loss(name, rows, dtype) for name in _LOSSES),
         *(_sup_con(form, rows, dtype) for form in ("in", "one", "mask", "views")),
         _paired_info_nce(rows, dtype),
     ]

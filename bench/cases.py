@@ -137,6 +137,11 @@ def _pairs_and_scale(case: Case) -> Arguments:
     return *_views(case), torch.tensor(1 / 0.07, device=case.device, dtype=case.dtype).requires_grad_()
 
 
+def _pairs_scale_and_bias(case: Case) -> Arguments:
+    bias = torch.tensor(-10.0, device=case.device, dtype=case.dtype).requires_grad_()
+    return *_pairs_and_scale(case), bias
+
+
 def _classes(case: Case) -> Arguments:
     first, second = _views(case)
     features = torch.stack([first, second], dim=1).detach().requires_grad_()
@@ -205,6 +210,7 @@ LOSSES = {
         options={"temperature": 0.2},
     ),
     "clip_loss": _registered("clip_loss", _pairs_and_scale),
+    "siglip_loss": Loss(fastcl.siglip_loss, testing.dense_siglip_loss, _pairs_scale_and_bias),
     "sup_con": _registered(
         "sup_con",
         _classes,
@@ -261,6 +267,10 @@ _GRID = (
     Case("mochi", 256, 128, keys=65_536, sides=(PLAIN, FASTCL)),
     Case("clip_loss", 1024, 512),
     Case("clip_loss", 1024, 512, dtype=_BFLOAT16),
+    Case("siglip_loss", 1024, 128),
+    Case("siglip_loss", 4096, 128),
+    Case("siglip_loss", 4096, 128, dtype=_BFLOAT16),
+    Case("siglip_loss", 16384, 64, sides=(FASTCL,)),
     Case("sup_con", 512, 128, classes=100, sides=SIDES),
     Case("decoupled_loss", 1024, 128),
     Case("hard_negative_loss", 1024, 128),

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastcl.losses.families.many_positives import ManyPositives
 from fastcl.losses.families.mochi import Mochi
 from fastcl.losses.families.one_positive import OnePositive
-from fastcl.similarity.problem import Needs, Problem, TopK
+from fastcl.similarity.problem import LogisticNeeds, Needs, Problem, TopK
 
 WholeLoss = OnePositive | ManyPositives
 
@@ -89,6 +89,12 @@ class Backend:
     stats_forward: Callable[[Problem, bool], Outputs] = _not_computed
     # (problem, grad_rows, grad_columns, row_state, column_state, needs) -> gradients, as Needs orders them
     stats_backward: Callable[[Problem, Tensor, Tensor, Tensor, Tensor, Needs], tuple[Tensor | None, ...]] = (
+        _not_computed
+    )
+    # (problem, bias) -> sums (2, N) of softplus over negatives and positives, bias (N,) in the compute dtype
+    logistic: Callable[[Problem, Tensor], Tensor] = _not_computed
+    # (problem, bias, gradient of the sums, needs) -> gradients, as LogisticNeeds orders them
+    logistic_backward: Callable[[Problem, Tensor, Tensor, LogisticNeeds], tuple[Tensor | None, ...]] = (
         _not_computed
     )
     # values and indices, (N, k) each

@@ -37,6 +37,7 @@ from fastcl.similarity.numerics import (
     unit_rows_backward,
 )
 from fastcl.similarity.problem import (
+    LogisticNeeds,
     Needs,
     PairGradients,
     Prepared,
@@ -114,6 +115,44 @@ def stats_backward(
         if bias_sum is not None:
             bias_sum += dlogits.sum(dim=0)
     return input_gradients(problem, prepared, PairGradients(query_sum, key_sum, bias_sum), needs)
+
+
+def logistic(problem: Problem, bias: Tensor) -> Tensor:
+    """Sums (2, N) of softplus over negatives and positives; ``bias`` is (N,) in the compute dtype."""
+    prepared = prepare(problem)
+    sums = torch.zeros(2, problem.query.shape[0], dtype=bias.dtype, device=bias.device)
+    for chunk in row_chunks(problem.query.shape[0], problem.key.shape[0]):
+        logits = _logits(problem, prepared, chunk) + bias[chunk, None]
+        negative, positive = pair_masks(problem, chunk)
+        sums[0, chunk] = softplus(logits).where(negative, 0.0).sum(dim=1)
+        if problem.has_positives():
+            sums[1, chunk] = softplus(-logits).where(positive, 0.0).sum(dim=1)
+    return sums
+
+
+def logistic_backward(
+    problem: Problem, bias: Tensor, grad: Tensor, needs: LogisticNeeds
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, scale and bias from that of the sums (2, N)."""
+    prepared = prepare(problem)
+    query_sum = torch.zeros_like(prepared.query) if needs.query or needs.scale else None
+    key_sum = torch.zeros_like(prepared.key) if needs.key else None
+    grad_bias = torch.zeros_like(bias, memory_format=torch.contiguous_format) if needs.bias else None
+    for chunk in row_chunks(problem.query.shape[0], problem.key.shape[0]):
+        logits = _logits(problem, prepared, chunk) + bias[chunk, None]
+        negative, positive = pair_masks(problem, chunk)
+        dlogits = (logits.sigmoid() * grad[0, chunk, None]).where(negative, 0.0)
+        if problem.has_positives():
+            dlogits -= ((-logits).sigmoid() * grad[1, chunk, None]).where(positive, 0.0)
+        if query_sum is not None:
+            query_sum[chunk] = dlogits @ prepared.key
+        if key_sum is not None:
+            key_sum += dlogits.T @ prepared.query[chunk]
+        if grad_bias is not None:
+            grad_bias[chunk] = dlogits.sum(dim=1)
+    pairs = PairGradients(query_sum, key_sum, None)
+    of_inputs = input_gradients(problem, prepared, pairs, Needs(*needs[:-1], False, False))
+    return (*of_inputs[: len(needs) - 1], grad_bias)
 
 
 def empty_state(like: Tensor, count: int) -> Tensor:
@@ -211,6 +250,11 @@ def _mix(
     return lse, (weights[:, None] @ synthetic).squeeze(1)
 
 
+def _logits(problem: Problem, prepared: Prepared, chunk: slice) -> Tensor:
+    logits = product(prepared.query[chunk], prepared.key.T)
+    return logits * problem.scale.to(logits.dtype)
+
+
 def _logits2(problem: Problem, prepared: Prepared, chunk: slice) -> Tensor:
     factor = problem.scale * LOG2E
     if problem.key_scale is not None:
@@ -271,6 +315,8 @@ BACKEND = Backend(
     "chunked",
     stats_forward=stats_forward,
     stats_backward=stats_backward,
+    logistic=logistic,
+    logistic_backward=logistic_backward,
     topk=topk,
     mochi=mochi,
     enqueue=enqueue,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,14 +13,14 @@ from fastcl.losses.families.many_positives import ManyPositives
 from fastcl.losses.families.mochi import Mochi
 from fastcl.losses.families.one_positive import OnePositive
 from fastcl.similarity.numerics import LOG2E, compute_dtype
-from fastcl.similarity.problem import Needs, Problem, TopK
+from fastcl.similarity.problem import LogisticNeeds, Needs, Problem, TopK
 
 _native = torch.ops.fastcl_native
 
 
 def unsupported_reasons(request: Request) -> list[str]:
     """What keeps the kernels from serving ``request``."""
-    reasons = no_kernel_for(request)
+    reasons = no_kernel_for(request) if request.sums != "similarity_logistic" else []
     if request.device.type != "cpu":
         reasons.append(f"inputs are on {request.device}, it takes CPU tensors")
     return reasons
@@ -52,6 +54,24 @@ def stats_backward(
     )
 
 
+def logistic(problem: Problem, bias: Tensor) -> Tensor:
+    """As :func:`fastcl.backends.chunked.logistic`."""
+    sums: Tensor = _native.logistic(*_native_logistic(problem, bias))
+    return sums
+
+
+def logistic_backward(
+    problem: Problem, bias: Tensor, grad: Tensor, needs: LogisticNeeds
+) -> tuple[Tensor | None, ...]:
+    """As :func:`fastcl.backends.chunked.logistic_backward`."""
+    bits = sum(bit << i for i, bit in enumerate(needs))
+    grads = _native.logistic_backward(*_native_logistic(problem, bias), grad, bits)
+    inputs = (problem.query, problem.key, problem.scale, bias)
+    return tuple(
+        grad.to(x.dtype) if want else None for grad, x, want in zip(grads, inputs, needs, strict=True)
+    )
+
+
 def topk(args: TopK) -> tuple[Tensor, Tensor]:
     """As :func:`fastcl.backends.chunked.topk`."""
     outputs: tuple[Tensor, Tensor] = _native.topk(*args)
@@ -79,7 +99,12 @@ def _given(*ids: Tensor | None) -> list[Tensor]:
     return [x for x in ids if x is not None]
 
 
-def _native_problem(problem: Problem) -> tuple[Tensor | int | list[Tensor] | None, ...]:
+def _native_logistic(problem: Problem, bias: Tensor) -> tuple[Any, ...]:
+    query, key, scale, _, _, *rule, normalize, _, precision, _ = _native_problem(problem)
+    return query, key, scale, bias, *rule, normalize, precision
+
+
+def _native_problem(problem: Problem) -> tuple[Any, ...]:
     dtype = compute_dtype(problem.query.dtype)
     key_scale, bias = problem.key_scale, problem.key_bias
     return (
@@ -108,6 +133,8 @@ BACKEND = Backend(
     every_form=True,
     stats_forward=stats_forward,
     stats_backward=stats_backward,
+    logistic=logistic,
+    logistic_backward=logistic_backward,
     topk=topk,
     mochi=mochi,
     enqueue=reference.enqueue,

@@ -5,6 +5,7 @@ Every other backend is tested against this one in float64. It also serves second
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -29,9 +30,11 @@ def pair_masks(problem: Problem, rows: slice = slice(None)) -> tuple[Tensor, Ten
     """Boolean masks (negative, positive) of the pairs in ``rows`` x all keys."""
     counts = (problem.query.shape[0], problem.key.shape[0])
     exclude = _with_ids(problem.exclude_more, problem.exclude_query, problem.exclude_key)
-    excluded = members(exclude, counts, rows, problem.query.device)
-    kept = candidates(problem.within_query, problem.within_key, problem.exclude_keys, excluded, rows)
-    included = kept & ~excluded
+    included = candidates(
+        exclude, problem.within_query, problem.within_key, problem.exclude_keys, counts, rows, problem.query
+    )
+    if not problem.has_positives():
+        return included, included.new_zeros(1, 1).expand(included.shape)
     positives = _with_ids(problem.positive_more, problem.positive_query, problem.positive_key)
     positive = members(positives, counts, rows, problem.query.device)
     return included & ~positive, included & positive
@@ -44,37 +47,46 @@ def _with_ids(more: Sequence[Tensor], query: Tensor | None, key: Tensor | None) 
 
 def members(sets: PairSets, counts: tuple[int, int], rows: slice, device: torch.device) -> Tensor:
     """Which pairs of ``rows`` x all keys are in any of the sets; ``counts`` are all rows' and keys'."""
-    own = torch.arange(counts[0], device=device)[rows]
-    found = torch.zeros(own.shape[0], counts[1], dtype=torch.bool, device=device)
+    found: Tensor | None = None
     for pairs in sets:
         if isinstance(pairs, tuple):
-            found = found | (pairs[0][rows, None] == pairs[1][None, :])
+            own = pairs[0][rows, None] == pairs[1][None, :]
         elif pairs.shape == counts:
-            found = found | pairs[rows]
+            own = pairs[rows]
         else:  # it repeats
             keys = torch.arange(counts[1], device=device) % pairs.shape[1]
-            found = found | pairs[own % pairs.shape[0]][:, keys]
-    return found
+            own = pairs[torch.arange(counts[0], device=device)[rows] % pairs.shape[0]][:, keys]
+        found = own if found is None else found | own
+    return _constant(False, counts, rows, device) if found is None else found
+
+
+def _constant(value: bool, counts: tuple[int, int], rows: slice, device: torch.device) -> Tensor:
+    shape = (len(range(counts[0])[rows]), counts[1])
+    return torch.full((1, 1), value, device=device).expand(shape)
 
 
 def candidates(
+    exclude: PairSets,
     within_query: Tensor | None,
     within_key: Tensor | None,
     exclude_keys: Tensor | None,
-    pairs: Tensor,
+    counts: tuple[int, int],
     rows: slice,
+    like: Tensor,
 ) -> Tensor:
-    """Which of ``pairs``, a matrix (rows, M), have equal within-ids and are not in ``exclude_keys``."""
-    kept = torch.ones_like(pairs)
+    """Which pairs of ``rows`` x all keys are not excluded; absent parts of the rule cost nothing."""
+    parts = [~members(exclude, counts, rows, like.device)] if exclude else []
     if within_query is not None and within_key is not None:
-        kept = within_query[rows, None] == within_key[None, :]
+        parts.append(within_query[rows, None] == within_key[None, :])
     if exclude_keys is not None:
         own = exclude_keys[rows]
         # padding goes to a column of its own
-        named = torch.nn.functional.pad(torch.zeros_like(pairs), (0, 1))
-        named = named.scatter(1, own.where(own >= 0, pairs.shape[1]), True)
-        kept = kept & ~named[:, :-1]
-    return kept
+        named = torch.zeros(own.shape[0], counts[1] + 1, dtype=torch.bool, device=like.device)
+        named = named.scatter(1, own.where(own >= 0, counts[1]), True)
+        parts.append(~named[:, :-1])
+    if not parts:
+        return _constant(True, counts, rows, like.device)
+    return functools.reduce(torch.logical_and, parts)
 
 
 def logits(problem: Problem) -> Tensor:
@@ -115,6 +127,17 @@ def _pack(pair_logits: Tensor, negative: Tensor, positive: Tensor) -> Tensor:
     )
 
 
+def logistic(problem: Problem, bias: Tensor) -> Tensor:
+    """Sums (2, N) of softplus of the logits plus ``bias`` (N,), and of minus those, over each row's pairs."""
+    with without_autocast(problem.query.device):
+        shifted = logits(problem)
+        shifted = shifted + bias.to(shifted.dtype)[:, None]
+        negative, positive = pair_masks(problem)
+        sums = [softplus(shifted).where(negative, 0.0).sum(dim=1)]
+        sums.append(softplus(-shifted).where(positive, 0.0).sum(dim=1))
+        return torch.stack(sums)
+
+
 def topk(args: TopK) -> tuple[Tensor, Tensor]:
     """The k most similar keys of each query, ties to the lower index, padded with -inf and -1."""
     with without_autocast(args.query.device):
@@ -125,10 +148,17 @@ def topk(args: TopK) -> tuple[Tensor, Tensor]:
 def excluded_pairs(args: TopK, similarity: Tensor, rows: slice = slice(None)) -> Tensor:
     """Which pairs of ``rows`` x all keys, whose similarities these are, are no candidates."""
     counts = (args.query.shape[0], args.key.shape[0])
-    excluded = members(unflattened(args.exclude), counts, rows, similarity.device)
+    excluded = ~candidates(
+        unflattened(args.exclude),
+        args.within_query,
+        args.within_key,
+        args.exclude_keys,
+        counts,
+        rows,
+        similarity,
+    )
     if args.only:
         excluded = excluded | ~members(unflattened(args.only), counts, rows, similarity.device)
-    excluded = excluded | ~candidates(args.within_query, args.within_key, args.exclude_keys, excluded, rows)
     return excluded if args.below is None else excluded | (similarity >= args.below[rows, None])
 
 

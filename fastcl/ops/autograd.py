@@ -61,7 +61,7 @@ def stats_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     if torch.is_grad_enabled():
         problem = problem._replace(**{name: frozen.get() for name, frozen in ctx.frozen})
         return (*_second_order_stats(problem, needs, grad_rows, grad_columns), *unused)
-    grad_rows = _first_order(grad_rows, problem[:PROBLEM_INPUTS])
+    grad_rows = first_order(grad_rows, problem[:PROBLEM_INPUTS])
     if ctx.weighted_keys:
         query_only = problem._replace(key=problem.query, symmetric=True)
         pairs = PairGradients(weighted * grad_rows[LSE_NEG, :, None], None, None)
@@ -83,11 +83,11 @@ def _second_order_stats(
     problem: Problem, needs: Needs, grad_rows: Tensor, grad_columns: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The same gradients as a differentiable function of inputs and incoming gradients, dense."""
-    inputs = _views(problem[:PROBLEM_INPUTS])
+    inputs = distinct_nodes(problem[:PROBLEM_INPUTS])
     rows, columns = reference.stats(Problem(*inputs, *problem[PROBLEM_INPUTS:]))
     if not problem.columns:
-        return _differentiable_grad((rows,), (grad_rows,), inputs, needs)
-    return _differentiable_grad((rows, columns), (grad_rows, grad_columns), inputs, needs)
+        return differentiable_grad((rows,), (grad_rows,), inputs, needs)
+    return differentiable_grad((rows, columns), (grad_rows, grad_columns), inputs, needs)
 
 
 def _version(tensor: Tensor | None) -> int:
@@ -111,7 +111,7 @@ class _Frozen:
         return self._tensor
 
 
-def _first_order(grad: Tensor, inputs: Sequence[Any]) -> Tensor:
+def first_order(grad: Tensor, inputs: Sequence[Any]) -> Tensor:
     """``grad``; in a graph, of a backward pass of which ``inputs`` are inputs.
 
     Then torch refuses to differentiate the pass. It would take what does not depend on them for constant.
@@ -122,12 +122,12 @@ def _first_order(grad: Tensor, inputs: Sequence[Any]) -> Tensor:
     return traced
 
 
-def _views(inputs: Sequence[Any]) -> list[Any]:
+def distinct_nodes(inputs: Sequence[Any]) -> list[Any]:
     """Distinct graph nodes for the inputs, so that one tensor given twice gets each role's gradient."""
     return [None if x is None else x.view_as(x) for x in inputs]
 
 
-def _differentiable_grad(
+def differentiable_grad(
     outputs: Sequence[Tensor], grads: Sequence[Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed and x is not None]
@@ -167,7 +167,7 @@ def _whole_loss_gradient(
 ) -> list[Tensor | None]:
     """From the gradients for an incoming 1 that the op returned with the loss."""
     grads: list[Tensor | None] = [None] * len(inputs)
-    grad_loss = _first_order(grad_loss, inputs)
+    grad_loss = first_order(grad_loss, inputs)
     for i, (x, grad) in enumerate(zip(inputs, unit_grads, strict=True)):
         if x is None or not ctx.needs_input_grad[i]:
             continue
@@ -184,7 +184,7 @@ def _second_order_one_positive(
     grad_loss: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """As :func:`_second_order_stats`."""
-    views, (query_ids, negative_ids) = _views(inputs), ids
+    views, (query_ids, negative_ids) = distinct_nodes(inputs), ids
     query, positive, negatives, scale = views
     if ctx.frozen is not None:
         negatives, negative_ids = (frozen.get() for frozen in ctx.frozen)
@@ -203,7 +203,7 @@ def _second_order_one_positive(
         reduction="mean" if mean else "sum",
     )
     loss = _dense_loss(args.in_compute_dtype())
-    return _differentiable_grad((loss,), (grad_loss,), views, ctx.needs_input_grad[:ONE_POSITIVE_INPUTS])
+    return differentiable_grad((loss,), (grad_loss,), views, ctx.needs_input_grad[:ONE_POSITIVE_INPUTS])
 
 
 def _dense_loss(args: OnePositive | ManyPositives) -> Tensor:
@@ -226,7 +226,7 @@ def many_positives_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Te
     inputs = (query, key, scale)
     if not torch.is_grad_enabled():
         return _padded(ctx, _whole_loss_gradient(ctx, inputs, unit_grads, grad_loss))
-    views = _views(inputs)
+    views = distinct_nodes(inputs)
     query, key, scale = views
     normalize, log_of_mean, mean, *_ = ctx.flags
     args = ManyPositives(
@@ -242,7 +242,7 @@ def many_positives_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Te
     )
     loss = _dense_loss(args)
     needs = ctx.needs_input_grad[:MANY_POSITIVES_INPUTS]
-    return _padded(ctx, _differentiable_grad((loss,), (grad_loss,), views, needs))
+    return _padded(ctx, differentiable_grad((loss,), (grad_loss,), views, needs))
 
 
 def save_mochi(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -259,10 +259,10 @@ def mochi_gradient(ctx: Any, grad_losses: Tensor, *_: Tensor) -> tuple[Tensor | 
     needs = ctx.needs_input_grad[:MOCHI_INPUTS]
     unused = (None,) * (len(ctx.needs_input_grad) - len(inputs))
     if torch.is_grad_enabled():
-        views = _views(inputs)
+        views = distinct_nodes(inputs)
         losses = reference.mochi(Mochi._make([*views, ctx.keys.get(), *draws, ctx.n_hard]))
-        return (*_differentiable_grad((losses,), (grad_losses,), views, needs), *unused)
-    grad_losses = _first_order(grad_losses, inputs)
+        return (*differentiable_grad((losses,), (grad_losses,), views, needs), *unused)
+    grad_losses = first_order(grad_losses, inputs)
     column = grad_losses[:, None]
     return (
         (grad_query * column).to(inputs[0].dtype) if needs[0] else None,
@@ -272,7 +272,7 @@ def mochi_gradient(ctx: Any, grad_losses: Tensor, *_: Tensor) -> tuple[Tensor | 
     )
 
 
-def _register_autograd(
+def register_autograd(
     name: str,
     save: Callable[..., None],
     gradient: Callable[..., Any],
@@ -334,9 +334,9 @@ def _adapted_many_positives(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return *args[:-1], args[-1] | needs_of(args[:MANY_POSITIVES_INPUTS])
 
 
-_register_autograd("stats_forward", save_stats, stats_gradient, _adapted_stats)
+register_autograd("stats_forward", save_stats, stats_gradient, _adapted_stats)
 WHOLE_LOSS_FUNCTIONS = {
-    name: _register_autograd(name, save, gradient, adapted)
+    name: register_autograd(name, save, gradient, adapted)
     for name, save, gradient, adapted in (
         *(
             (name, save_one_positive, one_positive_gradient, _adapted_one_positive)
@@ -345,4 +345,4 @@ WHOLE_LOSS_FUNCTIONS = {
         ("sup_con", save_many_positives, many_positives_gradient, _adapted_many_positives),
     )
 }
-_register_autograd("mochi", save_mochi, mochi_gradient)
+register_autograd("mochi", save_mochi, mochi_gradient)

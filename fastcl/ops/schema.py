@@ -13,7 +13,7 @@ from fastcl.losses.families.mochi import Mochi
 from fastcl.losses.families.one_positive import OnePositive
 from fastcl.similarity.fields import STATE, STATISTICS
 from fastcl.similarity.numerics import compute_dtype, without_autocast
-from fastcl.similarity.problem import PROBLEM_FIELDS, Needs, Problem, TopK
+from fastcl.similarity.problem import PROBLEM_FIELDS, LogisticNeeds, Needs, Problem, TopK
 
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor scale, Tensor? key_bias, Tensor? key_scale, "
@@ -30,6 +30,11 @@ library.define(
 library.define(
     f"stats_backward({_PROBLEM}, Tensor grad_rows, Tensor grad_columns, Tensor row_state, "
     "Tensor column_state, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+library.define(f"logistic({_PROBLEM}, Tensor bias, str backend) -> Tensor")
+library.define(
+    f"logistic_backward({_PROBLEM}, Tensor bias, Tensor grad, bool[] needs, str backend) -> "
+    "(Tensor, Tensor, Tensor, Tensor)"
 )
 # the whole loss: the extension registers the kernels of the first, per device; a backend has the second's
 for _name, _of_backend in (("one_positive", ""), ("one_positive_by", "str backend, ")):
@@ -81,6 +86,19 @@ def _stats_backward(*args: Any) -> tuple[Tensor, ...]:
         grads = BACKENDS[backend].stats_backward(
             problem, grad_rows, grad_columns, row_state, column_state, Needs(*needs)
         )
+        return _filled(problem.query, *grads)
+
+
+def _logistic(*args: Any) -> Tensor:
+    problem, (bias, backend) = Problem(*args[:PROBLEM_FIELDS]), args[PROBLEM_FIELDS:]
+    with without_autocast(problem.query.device):
+        return BACKENDS[backend].logistic(problem, bias)
+
+
+def _logistic_backward(*args: Any) -> tuple[Tensor, ...]:
+    problem, (bias, grad, needs, backend) = Problem(*args[:PROBLEM_FIELDS]), args[PROBLEM_FIELDS:]
+    with without_autocast(problem.query.device):
+        grads = BACKENDS[backend].logistic_backward(problem, bias, grad, LogisticNeeds(*needs))
         return _filled(problem.query, *grads)
 
 
@@ -137,6 +155,18 @@ def _fake_stats_backward(*args: Any) -> tuple[Tensor, ...]:
     return _filled(problem.query, *(None if x is None else x.new_empty(x.shape) for x in wanted))
 
 
+def _fake_logistic(*args: Any) -> Tensor:
+    query: Tensor = args[0]
+    return query.new_empty((2, query.shape[0]), dtype=compute_dtype(query.dtype))
+
+
+def _fake_logistic_backward(*args: Any) -> tuple[Tensor, ...]:
+    problem, (bias, _, needs, _) = Problem(*args[:PROBLEM_FIELDS]), args[PROBLEM_FIELDS:]
+    inputs = (problem.query, problem.key, problem.scale, bias)
+    wanted = (x.new_empty(x.shape) if need else None for x, need in zip(inputs, needs, strict=True))
+    return _filled(problem.query, *wanted)
+
+
 def _fake_one_positive(*args: Any) -> tuple[Tensor, ...]:
     return _fake_whole_loss(args[:3], args[3], args[-1])
 
@@ -175,6 +205,8 @@ def _fake_enqueue(*args: Any) -> None:
 for _name, _kernel, _fake in (
     ("stats_forward", _stats_forward, _fake_stats_forward),
     ("stats_backward", _stats_backward, _fake_stats_backward),
+    ("logistic", _logistic, _fake_logistic),
+    ("logistic_backward", _logistic_backward, _fake_logistic_backward),
     ("one_positive_by", _one_positive_by, _fake_one_positive),
     ("topk", _topk, _fake_topk),
     ("mochi", _mochi, _fake_mochi),

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastcl.backends.reference import pair_masks
 from fastcl.distributed.gather import check_group, row_counts, with_all_keys
-from fastcl.similarity.by_rows import by_rows
+from fastcl.ops.sums import logistic
 from fastcl.similarity.checks import check_matrix, check_same, in_one_dtype, scalar
-from fastcl.similarity.numerics import product, softplus, unit_rows, without_autocast
+from fastcl.similarity.compiled import anchored
+from fastcl.similarity.numerics import compute_dtype, matmul_precision_level
 from fastcl.similarity.problem import Problem
 from fastcl.similarity.rules import ALL_NEGATIVE, PairRule, check_rule
 
@@ -28,8 +27,8 @@ def similarity_logistic(
 ) -> tuple[Tensor, Tensor]:
     """Sums of softplus of the logits ``scale * <query[i], key[j]> + bias[i]`` over each row's pairs.
 
-    Linear memory: logits are formed a chunk of rows at a time, and again in the backward pass. There is no
-    fused kernel for it yet.
+    Linear memory: logits are formed a tile at a time, and again in the backward pass; by fused kernels on
+    the CPU, elsewhere by plain torch.
 
     Args:
         query: (N, D), any floating dtype.
@@ -53,32 +52,31 @@ def similarity_logistic(
     check_same("key", key, "query", query)
     if key.dtype != query.dtype:
         query, key = in_one_dtype(query, key)
-    factor, offset = scalar("scale", scale, query), _offset(bias, query)
+    offset = _offset(bias, query)
     check_group(group, False)
     counts = None if group is None else row_counts(key, group)
     check_rule(rule, query, key, None if counts is None else sum(counts))
-    problem = Problem(query, key, factor, **rule.fields(), normalize=normalize)
+    problem = Problem(
+        query,
+        key,
+        scalar("scale", scale, query),
+        **rule.fields(),
+        normalize=normalize,
+        precision=matmul_precision_level(),
+    )
     if group is not None and counts is not None:
         problem = with_all_keys(problem, group, counts)
-    with without_autocast(query.device):
-        unit_query, unit_key = unit_rows(query, normalize), unit_rows(problem.key, normalize)
-
-    def of_rows(rows: slice) -> Tensor:
-        with without_autocast(query.device):
-            logits = product(unit_query[rows], unit_key.T) * factor.to(unit_query.dtype)
-            logits = logits + (offset[rows, None] if offset.dim() else offset).to(logits.dtype)
-            negative, positive = pair_masks(problem, rows)
-            sums = softplus(logits).where(negative, 0.0), softplus(-logits).where(positive, 0.0)
-            return torch.stack([x.sum(dim=1) for x in sums])
-
-    sums = by_rows("similarity_logistic", of_rows, query, problem.key.shape[0], backend)
-    return sums[0], sums[1]
+    negative, positive = logistic(problem, offset, backend).unbind(0)
+    return negative, positive
 
 
 def _offset(bias: float | Tensor, query: Tensor) -> Tensor:
+    """(N,) in the compute dtype."""
     if isinstance(bias, Tensor) and bias.dim() == 1 and bias.shape[0] == query.shape[0]:
         check_matrix("bias", bias, 1)
         if bias.device != query.device:
             raise ValueError(f"bias must be on {query.device} like query, got {bias.device}")
-        return bias
-    return scalar("bias", bias, query)
+        bias = anchored(bias)
+    else:
+        bias = scalar("bias", bias, query)
+    return bias.to(compute_dtype(query.dtype)).expand(query.shape[0])

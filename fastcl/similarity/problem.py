@@ -97,6 +97,15 @@ class Needs(NamedTuple):
 PROBLEM_INPUTS = len(Needs._fields)  # that may need a gradient
 
 
+class LogisticNeeds(NamedTuple):
+    """Which inputs of sums of softplus need a gradient."""
+
+    query: bool
+    key: bool
+    scale: bool
+    bias: bool
+
+
 class PairGradients(NamedTuple):
     """Sums of the logit gradients ``dl`` (N, M) against unit rows; what a backend's backward returns.
 

@@ -19,6 +19,8 @@ from fastcl.testing.dense import (
     dense_info_nce,
     dense_mochi_loss,
     dense_nt_xent,
+    dense_siglip_loss,
+    dense_similarity_logistic,
     dense_stats,
     dense_sup_con,
 )
@@ -43,6 +45,8 @@ __all__ = [
     "dense_info_nce",
     "dense_mochi_loss",
     "dense_nt_xent",
+    "dense_siglip_loss",
+    "dense_similarity_logistic",
     "dense_stats",
     "dense_sup_con",
     "example_labels",

@@ -137,6 +137,46 @@ def dense_mochi_loss(
     return F.cross_entropy(logits, targets, reduction=reduction)
 
 
+def dense_siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """SigLIP's loss as people write it: the log-sigmoid of the whole matrix, signs on it."""
+    if normalize:
+        image_features = F.normalize(image_features, dim=-1)
+        text_features = F.normalize(text_features, dim=-1)
+    logits = logit_scale * image_features @ text_features.T + logit_bias
+    signs = 2 * torch.eye(logits.shape[0], dtype=logits.dtype, device=logits.device) - 1
+    losses = -F.logsigmoid(signs * logits).sum(dim=1)
+    return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+
+
+def dense_similarity_logistic(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    bias: float | Tensor = 0.0,
+    positive: Tensor | None = None,
+    excluded: Tensor | None = None,
+    normalize: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Sums of softplus from the whole matrix; (N, M) masks say which pairs are positive and excluded."""
+    if normalize:
+        query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+    logits = scale * (query @ key.T)
+    logits = logits + (bias[:, None] if isinstance(bias, Tensor) and bias.dim() else bias)
+    nothing = torch.zeros_like(logits, dtype=torch.bool)
+    positive = nothing if positive is None else positive
+    excluded = nothing if excluded is None else excluded
+    losses = -F.logsigmoid(torch.where(positive, logits, -logits)).masked_fill(excluded, 0.0)
+    return losses.masked_fill(positive, 0.0).sum(dim=1), losses.masked_fill(~positive, 0.0).sum(dim=1)
+
+
 def dense_stats(
     query: Tensor,
     key: Tensor,

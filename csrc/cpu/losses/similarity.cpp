@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "cpu/losses/attend.h"
+#include "cpu/losses/logistic.h"
 #include "cpu/losses/topk.h"
 
 namespace fastcl::cpu {
@@ -103,15 +104,23 @@ class Similarity {
     const PairSums<T> sums = pair_sums(
         problem_, rows, columns,
         {result.query || scale_wanted, result.key || result.key_scale, result.bias != nullptr, scale_wanted});
-    if (scale_wanted) *result.scale = sums.scale ? *sums.scale : scale_gradient(sums.query);
-    if (result.query) write_side(query_, sums.query, nullptr, result.query, nullptr);
-    if (result.key || result.key_scale) write_side(key_, sums.key, key_scale_, result.key, result.key_scale);
-    if (result.bias) {
-      for (int64_t j = 0; j < keys; j++) {
-        result.bias[j] = 0;
-        for (int64_t p = 0; p < sums.bias.parts; p++) result.bias[j] += *sums.bias.row(p, j);
-      }
-    }
+    write_inputs(sums, result.query, result.key, result.scale, result.key_scale);
+    write_bias(sums.bias, keys, result.bias);
+  }
+
+  void logistic(const T* bias, T* sums) const {
+    const Buffer<T> bias2 = padded(bias, problem_.query.count, static_cast<T>(kLog2E));
+    logistic_sums(problem_, bias2.get(), sums);
+  }
+
+  void logistic_backward(const T* bias, const T* grad, const LogisticGradients<T>& result) const {
+    const Buffer<T> bias2 = padded(bias, problem_.query.count, static_cast<T>(kLog2E));
+    const bool scale_wanted = result.scale != nullptr;
+    const PairSums<T> sums = logistic_pair_sums(
+        problem_, bias2.get(), grad,
+        {result.query || scale_wanted, result.key != nullptr, false, scale_wanted, result.bias != nullptr});
+    write_inputs(sums, result.query, result.key, result.scale, nullptr);
+    write_bias(sums.query_bias, problem_.query.count, result.bias);
   }
 
  private:
@@ -203,6 +212,19 @@ class Similarity {
     return weights;
   }
 
+  void write_inputs(const PairSums<T>& sums, T* query, T* key, double* scale, T* key_scale) const {
+    if (scale) *scale = sums.scale ? *sums.scale : scale_gradient(sums.query);
+    if (query) write_side(query_, sums.query, nullptr, query, nullptr);
+    if (key || key_scale) write_side(key_, sums.key, key_scale_, key, key_scale);
+  }
+
+  static void write_bias(const Partials<T>& sums, int64_t count, T* out) {
+    for (int64_t i = 0; out && i < count; i++) {
+      out[i] = 0;
+      for (int64_t p = 0; p < sums.parts; p++) out[i] += *sums.row(p, i);
+    }
+  }
+
   double scale_gradient(const Partials<T>& sums) const {
     double total = 0;
     for (int64_t i = 0; i < sums.rows; i++)
@@ -253,6 +275,15 @@ void similarity_topk(const SimilarityCall& call, int64_t k, bool largest, const 
   Similarity<T>(call, Use::similarities).topk(k, largest, below, values, indices);
 }
 template <class T>
+void similarity_logistic(const SimilarityCall& call, const T* bias, T* sums) {
+  Similarity<T>(call, Use::statistics).logistic(bias, sums);
+}
+template <class T>
+void similarity_logistic_backward(const SimilarityCall& call, const T* bias, const T* grad,
+                                  const LogisticGradients<T>& result) {
+  Similarity<T>(call, Use::gradients).logistic_backward(bias, grad, result);
+}
+template <class T>
 void similarity_backward(const SimilarityCall& call, const SimilaritySaved<T>& saved,
                          const SimilarityGradients<T>& result) {
   Similarity<T>(call, Use::gradients).backward(saved, result);
@@ -261,6 +292,9 @@ void similarity_backward(const SimilarityCall& call, const SimilaritySaved<T>& s
 #define FASTCL_INSTANTIATE(T)                                                                     \
   template void similarity_forward<T>(const SimilarityCall&, const SimilarityResult<T>&);         \
   template void similarity_topk<T>(const SimilarityCall&, int64_t, bool, const T*, T*, int64_t*); \
+  template void similarity_logistic<T>(const SimilarityCall&, const T*, T*);                      \
+  template void similarity_logistic_backward<T>(const SimilarityCall&, const T*, const T*,        \
+                                                const LogisticGradients<T>&);                     \
   template void similarity_backward<T>(const SimilarityCall&, const SimilaritySaved<T>&,          \
                                        const SimilarityGradients<T>&);
 FASTCL_INSTANTIATE(float)

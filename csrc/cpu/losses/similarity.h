@@ -41,6 +41,19 @@ void similarity_forward(const SimilarityCall& call, const SimilarityResult<T>& r
 template <class T>
 void similarity_topk(const SimilarityCall& call, int64_t k, bool largest, const T* below, T* values,
                      int64_t* indices);
+// Sums of softplus: as logistic_sums(); `bias` (N) in natural units.
+template <class T>
+void similarity_logistic(const SimilarityCall& call, const T* bias, T* sums);
+// The gradients of query, key, scale and bias (N), each null where not wanted, from that of the sums (2, N).
+template <class T>
+struct LogisticGradients {
+  T *query, *key;
+  double* scale;
+  T* bias;
+};
+template <class T>
+void similarity_logistic_backward(const SimilarityCall& call, const T* bias, const T* grad,
+                                  const LogisticGradients<T>& result);
 template <class T>
 void similarity_backward(const SimilarityCall& call, const SimilaritySaved<T>& saved,
                          const SimilarityGradients<T>& result);

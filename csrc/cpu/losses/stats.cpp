@@ -2,8 +2,7 @@
 
 #include <numeric>
 
-#include "cpu/run/pair_rule.h"
-#include "cpu/run/products.h"
+#include "cpu/losses/tile_walk.h"
 
 namespace fastcl::cpu {
 
@@ -11,73 +10,6 @@ namespace {
 
 constexpr int64_t kMaxKeptBytes = int64_t{48} << 20;
 constexpr int64_t kMinKeptShare = 8;  // at least one tile in so many, or none
-
-// Walks the tiles of a task and makes their logits, with the pair rule applied, or finds them made.
-template <class T>
-class TileWalk {
- public:
-  TileWalk(const Problem<T>& problem, const Plan& plan, const Plan::Task& task, Scratch& scratch,
-           const KeptTiles<T>& kept, bool made)
-      : problem_(problem), plan_(plan), task_(task), scratch_(scratch), kept_(kept), made_(made) {
-    const int64_t block = plan.query.block;
-    spare_ = scratch.take<T>(kTileSlot, block * block);
-    tile_.stride = block;
-    positive_ = tile_;
-    if (has_positives(problem)) positive_.s = scratch.take<T>(kPositiveSlot, block * block);
-    products_ = make_products(problem, block, block, scratch);
-    T* const sums = scratch.take<T>(kSumSlot, 3 * block);
-    std::fill_n(sums, 3 * block, T(0));
-    unused_ = {{sums, sums + block}, sums + 2 * block};
-  }
-
-  // body(tile, positive, query_begin, key_begin) for each tile; `lane` and `row` receive the positives' sums
-  // and counts where given.
-  template <class Body>
-  void run(const State<T>* lane, const State<T>* row, const Body& body) {
-    const Groups &query = plan_.query, &key = plan_.key;
-    for (int64_t i = query.first_block(task_.query_group); i < query.first_block(task_.query_group + 1);
-         i++) {
-      const int64_t begin = i * query.block;
-      tile_.lanes = std::min(query.block, query.count - begin);
-      products_->set_lanes(begin, tile_.lanes);
-      const int64_t first = task_.on_diagonal ? i : key.first_block(task_.key_group);
-      for (int64_t j = first; j < key.first_block(task_.key_group + 1); j++) {
-        const int64_t key_begin = j * key.block;
-        tile_.rows = std::min(key.block, key.count - key_begin);
-        products_->set_rows(key_begin, tile_.rows);
-        T* const kept = kept_.tile(i, j);
-        tile_.s = kept ? kept : spare_;
-        if (!kept || !made_) make_logits(begin, key_begin, lane, plan_.symmetric && i == j ? nullptr : row);
-        body(tile_, positive_, begin, key_begin);
-      }
-    }
-  }
-  // Of the present tile.
-  Products<T>& products() { return *products_; }
-
- private:
-  void make_logits(int64_t begin, int64_t key_begin, const State<T>* lane, const State<T>* row) {
-    const Problem<T>& p = problem_;
-    products_->logits(tile_);
-    exclude_pairs(p, tile_, begin, key_begin, scratch_);
-    if (!has_positives(p)) return;
-    positive_.rows = tile_.rows;
-    positive_.lanes = tile_.lanes;
-    split_pairs(p, tile_, positive_, begin, key_begin, lane ? lane->positive_sums(begin) : unused_,
-                row ? row->positive_sums(key_begin) : unused_, scratch_);
-  }
-
-  const Problem<T>& problem_;
-  const Plan& plan_;
-  const Plan::Task task_;
-  Scratch& scratch_;
-  const KeptTiles<T>& kept_;
-  const bool made_;
-  std::unique_ptr<Products<T>> products_;
-  Tile<T> tile_, positive_;
-  T* spare_;
-  PositiveSums<T> unused_;
-};
 
 template <class T>
 State<T> merge_parts(std::vector<State<T>> parts, int64_t count) {
@@ -87,11 +19,6 @@ State<T> merge_parts(std::vector<State<T>> parts, int64_t count) {
     });
   }
   return std::move(parts[0]);
-}
-
-template <class T>
-Plan plan_of(const Problem<T>& problem) {
-  return make_plan(problem.query.count, problem.key.count, problem.symmetric);
 }
 
 template <class T>
@@ -156,8 +83,8 @@ SideWeights<T> make_side_weights(int64_t count) {
 }
 
 template <class T>
-PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, const SideWeights<T>& columns,
-                      Wanted wanted, const KeptTiles<T>& kept) {
+PairSums<T> weighted_sums(const Problem<T>& problem, const Weigh<T>& weigh, Wanted wanted,
+                          const KeptTiles<T>& kept) {
   const int64_t queries = problem.query.count, keys = problem.key.count;
   const int64_t width = round_up(problem.query.width, kernels<T>().vector);
   const bool symmetric = problem.symmetric;
@@ -166,10 +93,14 @@ PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, con
   if (wanted.query) sums.query = make_partials<T>(plan.query.copies, queries, width);
   if (wanted.key) sums.key = make_partials<T>(plan.key.copies, keys, width);
   if (wanted.bias) sums.bias = make_partials<T>(plan.key.copies, keys, 1);
+  // whole vectors are added to its last lanes
+  if (wanted.query_bias)
+    sums.query_bias = make_partials<T>(plan.query.copies, round_up(queries, kLaneUnit), 1);
   if (plan.tasks.empty()) {
     clear(sums.query, 0, 0, queries);
     clear(sums.key, 0, 0, keys);
     clear(sums.bias, 0, 0, keys);
+    clear(sums.query_bias, 0, 0, queries);
   }
 
   const bool by_tiles = wanted.scale && problem.bfloat16.parts;
@@ -177,15 +108,16 @@ PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, con
 
   for_each_task(plan, [&](const Plan::Task& task, Scratch& scratch) {
     const Kernels<T>& k = kernels<T>();
-    if (task.query_turn == 0)
-      clear(sums.query, task.query_copy, plan.query.begin(task.query_group),
-            plan.query.end(task.query_group));
+    if (task.query_turn == 0) {
+      const int64_t begin = plan.query.begin(task.query_group), end = plan.query.end(task.query_group);
+      clear(sums.query, task.query_copy, begin, end);
+      clear(sums.query_bias, task.query_copy, begin, end == queries ? round_up(end, kLaneUnit) : end);
+    }
     if (task.key_turn == 0) {
       clear(sums.key, task.key_copy, plan.key.begin(task.key_group), plan.key.end(task.key_group));
       clear(sums.bias, task.key_copy, plan.key.begin(task.key_group), plan.key.end(task.key_group));
     }
     const Partials<T>& row_out = symmetric ? sums.query : sums.key;
-    const SideWeights<T>& row_weights = symmetric ? rows : columns;
     TileWalk<T> walk(problem, plan, task, scratch, kept, static_cast<bool>(kept));
     walk.run(nullptr, nullptr, [&](Tile<T> tile, Tile<T> positive, int64_t begin, int64_t key_begin) {
       Tile<T> logits = tile;
@@ -193,21 +125,14 @@ PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, con
         logits.s = scratch.take<T>(kLogitSlot, plan.query.block * tile.stride);
         k.join_logits(logits, tile, has_positives(problem) ? positive.s : nullptr);
       }
-      if (has_positives(problem)) {
-        const auto lane_pair = rows.pair(begin);
-        const auto row_pair = row_weights ? row_weights.pair(key_begin) : lane_pair;
-        k.pair_weights(tile, positive, &lane_pair, row_weights ? &row_pair : nullptr);
-      } else if (row_weights) {
-        k.both_weights(tile, rows.negative(begin), row_weights.negative(key_begin));
-      } else {
-        k.lane_weights(tile, rows.negative(begin));
-      }
+      weigh(tile, positive, begin, key_begin);
       if (by_tiles) {
         const bool twice = symmetric && begin == key_begin;  // such a tile holds each pair with both roles
         weighted[&task - plan.tasks.data()] +=
             k.weighted_sum(tile, logits, problem.bias2 ? problem.bias2 + key_begin : nullptr) /
             (twice ? 2 : 1);
       }
+      if (sums.query_bias) k.add_lane_sums(tile, sums.query_bias.row(task.query_copy, begin));
       if (sums.query) walk.products().add_to_lanes(tile, sums.query.row(task.query_copy, begin));
       if (symmetric ? begin != key_begin : static_cast<bool>(sums.key))
         walk.products().add_to_rows(tile, row_out.row(task.key_copy, key_begin));
@@ -220,10 +145,31 @@ PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, con
   return sums;
 }
 
+template <class T>
+PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, const SideWeights<T>& columns,
+                      Wanted wanted, const KeptTiles<T>& kept) {
+  const SideWeights<T>& row_weights = problem.symmetric ? rows : columns;
+  const bool positives = has_positives(problem);
+  auto weigh = [&](Tile<T> tile, Tile<T> positive, int64_t begin, int64_t key_begin) {
+    const Kernels<T>& k = kernels<T>();
+    if (positives) {
+      const auto lane_pair = rows.pair(begin);
+      const auto row_pair = row_weights ? row_weights.pair(key_begin) : lane_pair;
+      k.pair_weights(tile, positive, &lane_pair, row_weights ? &row_pair : nullptr);
+    } else if (row_weights) {
+      k.both_weights(tile, rows.negative(begin), row_weights.negative(key_begin));
+    } else {
+      k.lane_weights(tile, rows.negative(begin));
+    }
+  };
+  return weighted_sums<T>(problem, weigh, wanted, kept);
+}
+
 #define FASTCL_INSTANTIATE(T)                                                                                \
   template KeptTiles<T> make_kept_tiles<T>(const Problem<T>&);                                               \
   template Statistics<T> statistics<T>(const Problem<T>&, bool, const KeptTiles<T>&);                        \
   template SideWeights<T> make_side_weights<T>(int64_t);                                                     \
+  template PairSums<T> weighted_sums<T>(const Problem<T>&, const Weigh<T>&, Wanted, const KeptTiles<T>&);    \
   template PairSums<T> pair_sums<T>(const Problem<T>&, const SideWeights<T>&, const SideWeights<T>&, Wanted, \
                                     const KeptTiles<T>&);
 FASTCL_INSTANTIATE(float)

@@ -1,6 +1,7 @@
 // Statistics of all rows (and columns) of a similarity matrix, and their gradient.
 #pragma once
 
+#include <functional>
 #include <optional>
 
 #include "cpu/run/problem.h"
@@ -53,11 +54,11 @@ struct SideWeights {
 template <class T>
 SideWeights<T> make_side_weights(int64_t count);
 
-// sum_j dl_ij y_j per query, sum_i dl_ij x_i per key, sum_i dl_ij per key; each in parts to be added.
-// For a symmetric problem `query` holds both roles.
+// sum_j dl_ij y_j per query, sum_i dl_ij x_i per key, sum_i dl_ij per key and sum_j dl_ij per query; each in
+// parts to be added. For a symmetric problem `query` holds both roles.
 template <class T>
 struct PairSums {
-  Partials<T> query, key, bias;
+  Partials<T> query, key, bias, query_bias;
   // sum_ij dl_ij <x_i, y_j>, of weights that were not rounded; only where products are of bfloat16 (never at
   // a scale of 0). It may all but cancel, and the rows of `query` times x_i would not.
   std::optional<double> scale;
@@ -65,9 +66,19 @@ struct PairSums {
 
 struct Wanted {
   bool query, key, bias, scale;
+  bool query_bias = false;
 };
 
-// `columns` is empty without column statistics; the logits are taken from `kept` if they are there.
+// Of the dl_ij that weigh(tile, positive, query_begin, key_begin) makes of a tile's logits, in their place;
+// `positive` holds those of the positives, where there may be any. The logits are taken from `kept` if they
+// are there.
+template <class T>
+using Weigh = std::function<void(Tile<T>, Tile<T>, int64_t, int64_t)>;
+template <class T>
+PairSums<T> weighted_sums(const Problem<T>& problem, const Weigh<T>& weigh, Wanted wanted,
+                          const KeptTiles<T>& kept = {});
+
+// Of the statistics' weights; `columns` is empty without column statistics.
 template <class T>
 PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, const SideWeights<T>& columns,
                       Wanted wanted, const KeptTiles<T>& kept = {});

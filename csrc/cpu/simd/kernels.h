@@ -141,6 +141,15 @@ struct Kernels {
   // sum of weight * (logit - bias of the row), bias may be null; of tiles that stride alike
   double (*weighted_sum)(Tile<T> weight, Tile<T> logit, const T* bias);
 
+  // Adds each lane's sum of softplus(logit + bias) over its negatives, and of softplus(-logit - bias) over
+  // its positives, in log2 units; `positive`, which strides as the tile, may be null.
+  void (*logistic_sums)(Tile<T> tile, const T* positive, const T* bias, Sum<T> negatives, Sum<T> positives);
+  // tile = sigmoid(logit + bias) * factor on negatives, sigmoid(-logit - bias) * factor on positives
+  void (*logistic_weights)(Tile<T> tile, const T* positive, const T* bias, const T* negative_factor,
+                           const T* positive_factor);
+  // out += the lanes' sums
+  void (*add_lane_sums)(Tile<T> tile, T* out);
+
   // A value per lane, near its quantile, that at least `rank` of its rows lie above.
   void (*lane_quantile)(Tile<T> tile, int64_t rank, T* value);
   // Lists the pairs whose logit is above the threshold of their lane (NaN counts as above).

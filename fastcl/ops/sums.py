@@ -1,0 +1,54 @@
+"""Sums over pairs that are no statistics: their derivatives, and how the package calls them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcl.backends import reference
+from fastcl.backends.base import Request
+from fastcl.backends.choice import choose
+from fastcl.ops.autograd import differentiable_grad, distinct_nodes, first_order, register_autograd
+from fastcl.similarity.problem import PROBLEM_FIELDS, PROBLEM_TENSORS, LogisticNeeds, Problem
+
+_LOGISTIC_INPUTS = 3  # of the problem; and the bias
+
+
+def save_logistic(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    problem, (bias, backend) = Problem(*inputs[:PROBLEM_FIELDS]), inputs[PROBLEM_FIELDS:]
+    ctx.save_for_backward(bias, *problem[:PROBLEM_TENSORS], *problem.positive_more, *problem.exclude_more)
+    ctx.more, ctx.flags, ctx.backend = len(problem.positive_more), problem[PROBLEM_TENSORS + 2 :], backend
+
+
+def logistic_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    bias, *tensors = ctx.saved_tensors
+    more = tensors[PROBLEM_TENSORS:]
+    problem = Problem._make((*tensors[:PROBLEM_TENSORS], more[: ctx.more], more[ctx.more :], *ctx.flags))
+    wanted = ctx.needs_input_grad
+    needs = LogisticNeeds._make((*wanted[:_LOGISTIC_INPUTS], wanted[PROBLEM_FIELDS]))
+    inputs = (*problem[:_LOGISTIC_INPUTS], bias)
+    grads: tuple[Tensor | None, ...]
+    if torch.is_grad_enabled():
+        *first, bias = nodes = distinct_nodes(inputs)
+        sums = reference.logistic(Problem(*first, *problem[_LOGISTIC_INPUTS:]), bias)
+        grads = differentiable_grad((sums,), (grad,), nodes, needs)
+    else:
+        grad = first_order(grad, inputs)
+        outputs = torch.ops.fastcl.logistic_backward(*problem, bias, grad, needs, ctx.backend)
+        grads = tuple(x if needed else None for x, needed in zip(outputs, needs, strict=True))
+    unused = (None,) * (PROBLEM_FIELDS - _LOGISTIC_INPUTS)
+    return (*grads[:_LOGISTIC_INPUTS], *unused, grads[-1], None)
+
+
+def logistic(problem: Problem, bias: Tensor, backend: str = "auto") -> Tensor:
+    """Sums (2, N) of softplus over negatives and positives, differentiable."""
+    chosen = choose(Request.of_sums(problem.query, "similarity_logistic"), backend)
+    if chosen.name == reference.BACKEND.name:
+        return reference.logistic(problem, bias)
+    sums: Tensor = torch.ops.fastcl.logistic(*problem, bias, chosen.name)
+    return sums
+
+
+register_autograd("logistic", save_logistic, logistic_gradient)

@@ -50,7 +50,8 @@ def one_positive(args: OnePositive, needs: int) -> tuple[Tensor, ...]:
         scale.new_empty(x.shape) if x is not None and needs >> bit & 1 else None
         for bit, x in enumerate(args[:3])
     ]
-    wanted = _Wanted(*targets, scale=bool(needs >> 3 & 1))
+    query, positive, negatives = targets
+    wanted = _Wanted(query, positive, negatives, scale=bool(needs >> 3 & 1))
     run = {VIEWS: _views, BATCH: _batch, PAIRS: _batch, NEGATIVES: _negatives}[args.layout]
     loss, of_scale = run(args, scale, wanted)
     grads = (scale.new_empty(0) if target is None else target for target in targets)

@@ -234,7 +234,8 @@ def wide_statistics(
         if columns:
             partials, _ = launch.row_statistics(key, chunk.query, scale, chunk.by_key)
             joined = launch.as_partials(torch.cat([running, partials.data]))
-            running = _as_partial(*launch.merge(joined), fields)
+            statistics, state = launch.merge(joined)
+            running = _as_partial(statistics, state, fields)
     return rows, row_state, *launch.merge(launch.as_partials(running))
 
 

@@ -1,5 +1,4 @@
-// The extension's ops, in torch's stable ABI. But for the whole loss, where every microsecond counts,
-// Python hands them contiguous inputs, and the outputs.
+// The extension's ops, in torch's stable ABI, of tensors in any layout; ids are contiguous.
 #include <torch/csrc/stable/library.h>
 
 #include <type_traits>
@@ -10,6 +9,7 @@
 #include "cpu/losses/one_positive.h"
 #include "cpu/losses/sup_con.h"
 #include "cpu/run/products.h"
+#include "fields.h"
 
 namespace fastcl::cpu {
 namespace {
@@ -32,8 +32,9 @@ FiveTensors stats_forward(Tensor query, Tensor key, Tensor scale, OptionalTensor
   auto output = [&](int64_t rows, int64_t width) {
     return torch::stable::new_empty(query, {rows, width}, compute_type(query));
   };
-  const Tensor rows = output(5, n), row_state = output(4, n), column_stats = output(5, m),
-               column_state = output(4, m),
+  constexpr int64_t kStatistics = StatisticsFields::kCount, kState = StateFields::kCount;
+  const Tensor rows = output(kStatistics, n), row_state = output(kState, n),
+               column_stats = output(kStatistics, m), column_state = output(kState, m),
                of_keys = output_like(query, query, compute_type(query), weighted);
   auto run = [&](auto zero) {
     using T = decltype(zero);
@@ -55,24 +56,26 @@ FiveTensors stats_backward(Tensor query, Tensor key, Tensor scale, OptionalTenso
                        {exclude, positive, {}, within_query, within_key, exclude_keys}, normalize, symmetric,
                        precision, columns);
   const ScalarType dtype = compute_type(query);
-  const Tensor keys = torch::stable::new_empty(query, {needs & 24 ? key.size(0) : 0}, dtype);
-  const Tensor grad_query = output_like(query, query, dtype, needs & 1),
-               grad_key = output_like(key, query, dtype, needs & 2),
-               grad_scale = output_like(scale, scale, ScalarType::Double, needs & 4),
-               grad_bias = output_like(keys, query, dtype, needs & 8),
-               grad_key_scale = output_like(keys, query, dtype, needs & 16);
+  const bool per_key = needs & (Needs::kKeyBias | Needs::kKeyScale);
+  const Tensor keys = torch::stable::new_empty(query, {per_key ? key.size(0) : 0}, dtype);
+  const Tensor grad_query = output_like(query, query, dtype, needs & Needs::kQuery),
+               grad_key = output_like(key, query, dtype, needs & Needs::kKey),
+               grad_scale = output_like(scale, scale, ScalarType::Double, needs & Needs::kScale),
+               grad_bias = output_like(keys, query, dtype, needs & Needs::kKeyBias),
+               grad_key_scale = output_like(keys, query, dtype, needs & Needs::kKeyScale);
   const Tensor saved[] = {torch::stable::contiguous(grad_rows), torch::stable::contiguous(row_state),
                           torch::stable::contiguous(grad_columns), torch::stable::contiguous(column_state)};
   auto run = [&](auto zero) {
     using T = decltype(zero);
     auto in = [&](int i) { return static_cast<const T*>(saved[i].const_data_ptr()); };
-    auto out = [&](const Tensor& x, int64_t bit) {
-      return needs & bit ? static_cast<T*>(x.mutable_data_ptr()) : nullptr;
+    auto out = [&](const Tensor& x, int64_t need) {
+      return needs & need ? static_cast<T*>(x.mutable_data_ptr()) : nullptr;
     };
-    similarity_backward<T>(args.call, {in(0), in(1), in(2), in(3)},
-                           {out(grad_query, 1), out(grad_key, 2),
-                            needs & 4 ? static_cast<double*>(grad_scale.mutable_data_ptr()) : nullptr,
-                            out(grad_bias, 8), out(grad_key_scale, 16)});
+    similarity_backward<T>(
+        args.call, {in(0), in(1), in(2), in(3)},
+        {out(grad_query, Needs::kQuery), out(grad_key, Needs::kKey),
+         needs & Needs::kScale ? static_cast<double*>(grad_scale.mutable_data_ptr()) : nullptr,
+         out(grad_bias, Needs::kKeyBias), out(grad_key_scale, Needs::kKeyScale)});
   };
   is_double(query) ? run(0.0) : run(0.0f);
   return {grad_query, grad_key, grad_scale, grad_bias, grad_key_scale};
@@ -120,9 +123,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sup_con_op(Tensor query, OptionalTens
   if (key) key = row_contiguous(*key);
   const ScalarType dtype = is_double(query) ? ScalarType::Double : ScalarType::Float;
   const Tensor loss = torch::stable::new_empty(query, {}, dtype),
-               grad_query = output_like(query, query, dtype, needs & 1),
-               grad_key = output_like(key.value_or(query), query, dtype, key && needs & 2),
-               grad_scale = output_like(scale, scale, scale.scalar_type(), needs & 4);
+               grad_query = output_like(query, query, dtype, needed(needs, 0)),
+               grad_key = output_like(key.value_or(query), query, dtype, key && needed(needs, 1)),
+               grad_scale = output_like(scale, scale, scale.scalar_type(), needed(needs, 2));
   const SupCon args{input_of(query),
                     key ? input_of(*key) : Input{},
                     *static_cast<const double*>(scale.const_data_ptr()),
@@ -161,9 +164,15 @@ std::tuple<Tensor, Tensor> topk_op(Tensor query, Tensor key, int64_t k, std::vec
   return {values, indices};
 }
 
-void mochi_op(Tensor query, Tensor positive, Tensor keys, Tensor scale, Tensor first, Tensor second,
-              Tensor alpha, Tensor partner, Tensor beta, int64_t n_hard, Tensor loss, Tensor grad_query,
-              Tensor grad_positive, Tensor grad_scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> mochi_op(Tensor query, Tensor positive, Tensor keys, Tensor scale,
+                                                    Tensor first, Tensor second, Tensor alpha, Tensor partner,
+                                                    Tensor beta, int64_t n_hard) {
+  for (Tensor* rows : {&query, &positive, &keys}) *rows = row_contiguous(*rows);
+  for (Tensor* draws : {&first, &second, &alpha, &partner, &beta}) *draws = torch::stable::contiguous(*draws);
+  const ScalarType dtype = compute_type(query);
+  auto of_rows = [&] { return torch::stable::new_empty(query, {query.size(0)}, dtype); };
+  const Tensor loss = of_rows(), grad_query = output_like(query, query, dtype, true),
+               grad_positive = output_like(query, query, dtype, true), grad_scale = of_rows();
   auto run = [&](auto zero) {
     using T = decltype(zero);
     auto weights = [](const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); };
@@ -177,6 +186,7 @@ void mochi_op(Tensor query, Tensor positive, Tensor keys, Tensor scale, Tensor f
     mochi<T>(args, {out_of<T>(loss), out_of<T>(grad_query), out_of<T>(grad_positive), out_of<T>(grad_scale)});
   };
   is_double(query) ? run(0.0) : run(0.0f);
+  return {loss, grad_query, grad_positive, grad_scale};
 }
 
 // Of the operands of products of such rows, for measurements.
@@ -226,11 +236,8 @@ STABLE_TORCH_LIBRARY(fastcl_native, m) {
       "Tensor? within_key, Tensor? exclude_keys, Tensor? below, bool largest, bool normalize) -> "
       "(Tensor, Tensor)");
   m.def(
-      "mochi(Tensor query, Tensor positive, Tensor keys, Tensor scale, Tensor first, Tensor second, Tensor "
-      "alpha, "
-      "Tensor partner, Tensor beta, int n_hard, Tensor(a!) loss, Tensor(b!) grad_query, Tensor(c!) "
-      "grad_positive, "
-      "Tensor(d!) grad_scale) -> ()");
+      "mochi(Tensor query, Tensor positive, Tensor keys, Tensor scale, Tensor first, Tensor second, "
+      "Tensor alpha, Tensor partner, Tensor beta, int n_hard) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("repeat_logits(Tensor x, int parts, int repeats) -> ()");
   m.def("operand_parts(Tensor x, int precision) -> int");
   m.def("isa_levels() -> (int, int)");

@@ -43,6 +43,9 @@ void with_type(const Tensor& x, const Use& use) {
   }
 }
 
+// Whether an op's input needs a gradient, counted among those that may.
+inline bool needed(int64_t needs, int input) { return needs >> input & 1; }
+
 // What make() allocates for a kernel; where that fails the stable ABI does not say for what.
 template <class Make>
 auto allocated(const char* kernel, const Make& make) {
@@ -65,10 +68,10 @@ struct LossOutputs {
   LossOutputs(const Tensor& x, const Tensor& y, const OptionalTensor& z, const Tensor& factor,
               ScalarType dtype, int64_t needs)
       : loss(torch::stable::new_empty(x, {}, dtype)),
-        query(output_like(x, x, dtype, needs & 1)),
-        positive(output_like(y, x, dtype, needs & 2)),
-        negatives(output_like(z.value_or(x), x, dtype, z && needs & 4)),
-        scale(output_like(factor, factor, factor.scalar_type(), needs & 8)) {}
+        query(output_like(x, x, dtype, needed(needs, 0))),
+        positive(output_like(y, x, dtype, needed(needs, 1))),
+        negatives(output_like(z.value_or(x), x, dtype, z && needed(needs, 2))),
+        scale(output_like(factor, factor, factor.scalar_type(), needed(needs, 3))) {}
 
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> all() const {
     return {loss, query, positive, negatives, scale};

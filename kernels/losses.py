@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastcl.kernels import launch, stats, tiles
 from fastcl.kernels.device import one_positive as device
+from fastcl.kernels.device.layout import NEGATIVE_WEIGHTS
 from fastcl.kernels.device.one_positive import Chain, Direction
 from fastcl.kernels.device.tile import Partials, Side
 from fastcl.kernels.launch import UnitRows
@@ -50,7 +51,8 @@ def one_positive(args: OnePositive, needs: int) -> tuple[Tensor, ...]:
         scale.new_empty(x.shape) if x is not None and needs >> bit & 1 else None
         for bit, x in enumerate(args[:3])
     ]
-    wanted = _Wanted(*targets, scale=bool(needs >> 3 & 1))
+    query, positive, negatives = targets
+    wanted = _Wanted(query, positive, negatives, scale=bool(needs >> 3 & 1))
     run = {VIEWS: _views, BATCH: _batch, PAIRS: _batch, NEGATIVES: _negatives}[args.layout]
     loss, of_scale = run(args, scale, wanted)
     grads = (scale.new_empty(0) if target is None else target for target in targets)
@@ -64,7 +66,7 @@ def _views(args: OnePositive, scale: Tensor, wanted: _Wanted) -> tuple[RowLosses
     side = rows.side(period=max(n, 1))
     triangle = not _wide(side) and launch.column_partials_fit(side, side)
     partials, of_columns = _statistics(side, side, scale, columns=triangle, triangle=triangle)
-    weights = scale.new_empty(stats.NEGATIVE_WEIGHTS, 2 * n)
+    weights = scale.new_empty(NEGATIVE_WEIGHTS, 2 * n)
     first = Direction(partials, of_columns, 0, 2 * n, weights)
     query, positive = rows.part(slice(0, n)), rows.part(slice(n, 2 * n))
     loss = find_losses(query, positive, scale, (first, first._replace(offset=n)), 1.0, _factor(args, 2 * n))
@@ -83,7 +85,7 @@ def _batch(args: OnePositive, scale: Tensor, wanted: _Wanted) -> tuple[RowLosses
     columns = args.layout == PAIRS
     one_pass = columns and (_wide(query) or launch.column_partials_fit(query, positive))
     partials, of_columns = _statistics(query, positive, scale, columns=one_pass)
-    query_weights, positive_weights = scale.new_empty(stats.NEGATIVE_WEIGHTS, n), None
+    query_weights, positive_weights = scale.new_empty(NEGATIVE_WEIGHTS, n), None
     directions = [Direction(partials, None, 0, n, query_weights)]
     if columns:
         if of_columns is None:
@@ -120,7 +122,7 @@ def _negatives(args: OnePositive, scale: Tensor, wanted: _Wanted) -> tuple[RowLo
         partials, weighted = stats.attend(query, negatives, scale)
     else:
         partials, _ = _statistics(query, negatives, scale)
-    weights = scale.new_empty(stats.NEGATIVE_WEIGHTS, n)
+    weights = scale.new_empty(NEGATIVE_WEIGHTS, n)
     direction = Direction(partials, None, 0, n, weights)
     loss = find_losses(query_rows, positive_rows, scale, (direction,), 1.0, _factor(args, n))
     parts, sums = PairGradients(None, None, None), None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastcl.kernels import launch, tiles
+from fastcl.kernels.device.layout import NEGATIVE_WEIGHTS, Weights
 from fastcl.kernels.device.tile import Partials, Side, Stored
 from fastcl.kernels.launch import UnitRows
 from fastcl.similarity.fields import (
@@ -70,17 +71,6 @@ class _Sides:
         return Prepared(query, key, column(self.query_rows), column(self.key_rows))
 
 
-class Weights(NamedTuple):
-    """What the gradient kernels take of each row, packed in this order."""
-
-    neg_max: Tensor  # of the logits, in log2 units
-    neg_slope: Tensor  # what exp2(logit - neg_max) is multiplied by
-    pos_max: Tensor
-    pos_slope: Tensor
-    sum_slope: Tensor  # the gradient of the positives' sum
-
-
-NEGATIVE_WEIGHTS = Weights._fields.index("pos_max")  # how many there are without positives
 _SLOPES = [i for i, name in enumerate(Weights._fields) if name.endswith("_slope")]
 
 
@@ -234,7 +224,8 @@ def wide_statistics(
         if columns:
             partials, _ = launch.row_statistics(key, chunk.query, scale, chunk.by_key)
             joined = launch.as_partials(torch.cat([running, partials.data]))
-            running = _as_partial(*launch.merge(joined), fields)
+            statistics, state = launch.merge(joined)
+            running = _as_partial(statistics, state, fields)
     return rows, row_state, *launch.merge(launch.as_partials(running))
 
 

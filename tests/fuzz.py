@@ -113,9 +113,8 @@ def _scaled(case):
     return scaled, powers
 
 
-def _floors(case, x, exact, pulls):
-    """What one ulp, of size 1, of every logit does to the outputs, and to each input's gradient by rows."""
-    info = torch.finfo(compute_dtype(case.dtype))
+def _sizes(exact):
+    """How large the terms of each block's logits are, and the largest of each row."""
     sizes = [
         b.factor
         * b.left_norms[:, None]
@@ -129,6 +128,13 @@ def _floors(case, x, exact, pulls):
             for s, b in zip(sizes, exact.blocks, strict=True)
         ]
     ).amax(0)
+    return sizes, largest
+
+
+def _floors(case, x, exact, pulls):
+    """What one ulp, of size 1, of every logit does to the outputs, and to each input's gradient by rows."""
+    info = torch.finfo(compute_dtype(case.dtype))
+    sizes, largest = _sizes(exact)
     floors = {name: torch.zeros(y.shape[: max(y.dim() - 1, 0)] or y.shape) for name, y in x.items()}
     floors |= {name: torch.zeros_like(x[name].detach()) for name in ("key_bias", "key_scale") if name in x}
     floors = {name: floor.double() for name, floor in floors.items()}

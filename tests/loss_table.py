@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import formulas
 import torch
+from grids import HERE
 
 from fastcl import testing
 
@@ -32,8 +33,10 @@ def scalar_like(value, dtype):
     return torch.tensor(value, dtype=torch.float64).to(dtype)
 
 
-def check(loss, case, dtype, temperature, *, factor_dtype=None, reduction="mean"):
+def check(loss, case, dtype, temperature, *, factor_dtype=None, reduction="mean", each=HERE):
     """The value and every gradient, the factor's with ``factor_dtype``, within the error budget.
+
+    ``each``: contexts by name, in each of which the loss is computed.
 
     One ulp of the largest logit moves every probability by as much: that is the unit of the floor.
     """
@@ -47,20 +50,26 @@ def check(loss, case, dtype, temperature, *, factor_dtype=None, reduction="mean"
     def call(function, *tensors):
         return function(*tensors, *(() if factor_dtype is not None else (factor,)), reduction=reduction)
 
-    (got,), got_grads = testing.value_and_grads(partial(call, loss.product), inputs)
     (exact,), exact_grads = testing.value_and_grads(partial(call, loss.formula), [x.double() for x in inputs])
     (dense,), dense_grads = testing.value_and_grads(partial(call, loss.dense), inputs)
 
-    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     count = len(inputs[0])
-    testing.assert_within_budget(got, exact, dense, unit=(count if reduction == "sum" else 1) / temperature)
-    for i, (x, unit) in enumerate(zip(inputs, units, strict=True)):
-        assert (got_grads[i].dtype, got_grads[i].shape) == (x.dtype, x.shape)
+    for i, x in enumerate(inputs):
         if reduction == "mean" and x.dim():
-            unit /= count
+            units[i] /= count
         elif reduction != "mean" and not x.dim():
-            unit *= count
-        unit *= max(1.0, 1 / temperature)
-        # a float64 factor's gradient is as accurate as the inputs let it be
-        grad = got_grads[i].to(got.dtype) if x.dtype == torch.float64 else got_grads[i]
-        testing.assert_within_budget(grad, exact_grads[i], dense_grads[i], unit=unit, name=f"gradient {i}")
+            units[i] *= count
+        units[i] *= max(1.0, 1 / temperature)
+    for name, context in each.items():
+        with context():
+            (got,), got_grads = testing.value_and_grads(partial(call, loss.product), inputs)
+        assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        unit = (count if reduction == "sum" else 1) / temperature
+        testing.assert_within_budget(got, exact, dense, unit=unit, name=f"{name} value")
+        for i, (x, unit) in enumerate(zip(inputs, units, strict=True)):
+            assert (got_grads[i].dtype, got_grads[i].shape) == (x.dtype, x.shape)
+            # a float64 factor's gradient is as accurate as the inputs let it be
+            grad = got_grads[i].to(got.dtype) if x.dtype == torch.float64 else got_grads[i]
+            testing.assert_within_budget(
+                grad, exact_grads[i], dense_grads[i], unit=unit, name=f"{name} gradient {i}"
+            )

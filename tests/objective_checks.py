@@ -1,6 +1,7 @@
 """An objective beside its paper's formula in plain PyTorch: values, gradients, graphs, transforms."""
 
 import torch
+from grids import HERE
 
 from fastcl import testing
 
@@ -11,20 +12,29 @@ def rows(*shapes, seed=0, scale=1.0):
     return [scale * torch.randn(shape, generator=source, dtype=testing.WIDEST) for shape in shapes]
 
 
-def check(function, formula, inputs, dtype=None, *, logit=10.0, unit=None):
+def check(function, formula, inputs, dtype=None, *, logit=10.0, unit=None, each=HERE):
     """``function(*inputs)`` and all gradients are the formula's: in float64, or within the error budget.
 
     ``logit`` is the size of the largest logit: one ulp of it moves every probability by as much.
+    ``each``: contexts by name, in each of which the function is computed.
     """
     inputs = [x.to(dtype or testing.WIDEST) if x.is_floating_point() else x for x in inputs]
-    (got,), got_grads = testing.value_and_grads(function, inputs)
     (exact,), exact_grads = testing.value_and_grads(formula, [x.double() for x in inputs])
-    if inputs[0].dtype == torch.float64:
+    plain = None if inputs[0].dtype == torch.float64 else testing.value_and_grads(formula, inputs)
+    for context in each.values():
+        with context():
+            got = testing.value_and_grads(function, inputs)
+        _compare(inputs, got, (exact, exact_grads), plain, logit, unit)
+
+
+def _compare(inputs, results, formula, plain, logit, unit):
+    ((got,), got_grads), (exact, exact_grads) = results, formula
+    if plain is None:
         torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-11)
         for grad, exact_grad in zip(got_grads, exact_grads, strict=True):
             torch.testing.assert_close(grad, exact_grad, rtol=1e-9, atol=1e-11)
         return
-    (plain,), plain_grads = testing.value_and_grads(formula, inputs)
+    (plain,), plain_grads = plain
     assert got.dtype == torch.float32
     testing.assert_within_budget(got, exact, plain, unit=logit, name="value")
     for i, (x, grad) in enumerate(zip(inputs, got_grads, strict=True)):

@@ -114,9 +114,9 @@ struct SupConOutputs {
 
   SupConOutputs(const Tensor& x, const OptionalTensor& y, const Tensor& factor, int64_t needs)
       : loss(torch::stable::new_empty(x, {}, ScalarType::Float)),
-        query(output_like(x, x, ScalarType::Float, needs & 1)),
-        key(output_like(y.value_or(x), x, ScalarType::Float, y && needs & 2)),
-        scale(output_like(factor, factor, factor.scalar_type(), needs & 4)) {}
+        query(output_like(x, x, ScalarType::Float, needed(needs, 0))),
+        key(output_like(y.value_or(x), x, ScalarType::Float, y && needed(needs, 1))),
+        scale(output_like(factor, factor, factor.scalar_type(), needed(needs, 2))) {}
 
   std::tuple<Tensor, Tensor, Tensor, Tensor> all() const { return {loss, query, key, scale}; }
 };

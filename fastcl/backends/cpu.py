@@ -80,19 +80,10 @@ def topk(args: TopK) -> tuple[Tensor, Tensor]:
 
 def mochi(args: Mochi) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As :func:`fastcl.backends.chunked.mochi`."""
-    query, positive, keys = (_row_contiguous(x) for x in (args.query, args.positive, args.keys))
-    dtype = compute_dtype(query.dtype)
-    shapes = (query.shape[:1], query.shape, query.shape, query.shape[:1])
-    losses, grad_query, grad_positive, grad_scale = (query.new_empty(s, dtype=dtype) for s in shapes)
-    draws = (x.contiguous() for x in (args.first, args.second, args.alpha, args.partner, args.beta))
-    outputs = (losses, grad_query, grad_positive, grad_scale)
-    _native.mochi(query, positive, keys, args.scale, *draws, args.n_hard, *outputs)
+    rows = (args.query, args.positive, args.keys)
+    draws = (args.first, args.second, args.alpha, args.partner, args.beta)
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _native.mochi(*rows, args.scale, *draws, args.n_hard)
     return outputs
-
-
-def _row_contiguous(x: Tensor) -> Tensor:
-    """``x`` with its last dimension contiguous; rows may be any distance apart."""
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 def _given(*ids: Tensor | None) -> list[Tensor]:

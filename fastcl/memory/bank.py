@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastcl.memory.rows import random_unit_rows
 from fastcl.similarity.checks import check_matrix
 from fastcl.similarity.numerics import FLOAT_DTYPES, unit_rows
 from fastcl.similarity.rules import check_ids, check_range
@@ -46,17 +47,12 @@ class MemoryBank(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("size", size), ("dim", dim)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0.0 <= momentum <= 1.0:
             raise ValueError(f"momentum must be between 0 and 1, got {momentum}")
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
         self.momentum = momentum
-        with torch.inference_mode(False):  # autograd takes no tensors made under it, and training may follow
-            keys = nn.functional.normalize(torch.randn(size, dim, device=device), dim=1)
-            self.register_buffer("keys", keys.to(dtype))
+        self.register_buffer("keys", random_unit_rows(size, dim, dtype, device))
 
     @property
     def size(self) -> int:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastcl.distributed.gather import gather_rows, row_counts
+from fastcl.memory.rows import random_unit_rows
 from fastcl.ops import calls
 from fastcl.similarity.checks import check_matrix
 from fastcl.similarity.rules import check_ids
@@ -53,14 +54,10 @@ class NegativeQueue(nn.Module):
         with_ids: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (("size", size), ("dim", dim)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         if dtype not in _DTYPES:
             raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-        with torch.inference_mode(False):  # autograd takes no tensors made under it, and training may follow
-            keys = nn.functional.normalize(torch.randn(size, dim, device=device), dim=1)
-            self.register_buffer("keys", keys.to(dtype))
+        self.register_buffer("keys", random_unit_rows(size, dim, dtype, device))
+        with torch.inference_mode(False):  # as the keys are made
             ids = torch.full((size,), -1, dtype=torch.int64, device=device) if with_ids else None
             self.register_buffer("ids", ids)
             self.register_buffer("pointer", torch.zeros((), dtype=torch.int64, device=device))

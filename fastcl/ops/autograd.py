@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -326,23 +327,18 @@ def _adapted_stats(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return *arguments, weighted_keys and not needs_of(args[1:PROBLEM_INPUTS]), backend
 
 
-def _adapted_one_positive(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return *args[:-1], args[-1] | needs_of(args[:ONE_POSITIVE_INPUTS])
-
-
-def _adapted_many_positives(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return *args[:-1], args[-1] | needs_of(args[:MANY_POSITIVES_INPUTS])
+def _adapted_whole_loss(inputs: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The last argument says which of the first ``inputs`` need a gradient."""
+    return *args[:-1], args[-1] | needs_of(args[:inputs])
 
 
 register_autograd("stats_forward", save_stats, stats_gradient, _adapted_stats)
 WHOLE_LOSS_FUNCTIONS = {
-    name: register_autograd(name, save, gradient, adapted)
-    for name, save, gradient, adapted in (
-        *(
-            (name, save_one_positive, one_positive_gradient, _adapted_one_positive)
-            for name in ("one_positive", "one_positive_by")
-        ),
-        ("sup_con", save_many_positives, many_positives_gradient, _adapted_many_positives),
+    name: register_autograd(name, save, gradient, partial(_adapted_whole_loss, inputs))
+    for name, save, gradient, inputs in (
+        ("one_positive", save_one_positive, one_positive_gradient, ONE_POSITIVE_INPUTS),
+        ("one_positive_by", save_one_positive, one_positive_gradient, ONE_POSITIVE_INPUTS),
+        ("sup_con", save_many_positives, many_positives_gradient, MANY_POSITIVES_INPUTS),
     )
 }
 register_autograd("mochi", save_mochi, mochi_gradient)

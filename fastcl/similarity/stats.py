@@ -11,9 +11,10 @@ from torch import Tensor
 from fastcl.distributed.gather import check_group, row_counts
 from fastcl.distributed.stats import group_stats
 from fastcl.ops import calls
+from fastcl.similarity import forms
 from fastcl.similarity.checks import check_matrix, check_same, check_vector, in_one_dtype, scalar
 from fastcl.similarity.fields import Statistics
-from fastcl.similarity.numerics import logaddexp, masked_logsumexp, matmul_precision_level, softplus
+from fastcl.similarity.numerics import logaddexp, masked_logsumexp, matmul_precision_level
 from fastcl.similarity.problem import Problem
 from fastcl.similarity.rules import ALL_NEGATIVE, PairRule, check_rule
 
@@ -73,7 +74,7 @@ class SimilarityStats:
         """
         if self.columns is not None:
             raise ValueError("logits cannot be joined to statistics with columns: they belong to no key")
-        fields = {name: getattr(self, name) for name in Statistics._fields}
+        fields = self._of_rows()._asdict()
         for name, logits in (("negatives", negatives), ("positives", positives)):
             if logits is None:
                 continue
@@ -98,19 +99,18 @@ class SimilarityStats:
 
     def any_positive(self) -> Tensor:
         """``softplus(lse_neg - lse_pos)``: that any positive is picked; 0 without positives. (N,)."""
-        losses = softplus(self.lse_neg - self.lse_pos.masked_fill(self.pos_count == 0, 0.0))
-        return losses.where(self.pos_count > 0, 0.0)
+        return forms.any_positive(self._of_rows())
 
     def each_positive(self) -> Tensor:
         """``LSE - pos_sum / pos_count``: the mean over positives; 0 without positives. (N,)."""
-        losses = logaddexp(self.lse_neg, self.lse_pos) - self.pos_sum / self.pos_count.clamp_min(1)
-        return losses.where(self.pos_count > 0, 0.0)
+        return forms.each_positive(self._of_rows())
 
     def decoupled(self) -> Tensor:
         """``lse_neg - pos_sum / pos_count``; 0 without positives or without negatives. (N,)."""
-        kept = (self.pos_count > 0) & (self.lse_neg != -torch.inf)
-        lse_neg = self.lse_neg.masked_fill(~kept, 0.0)
-        return (lse_neg - self.pos_sum / self.pos_count.clamp_min(1)).where(kept, 0.0)
+        return forms.decoupled(self._of_rows())
+
+    def _of_rows(self) -> Statistics:
+        return Statistics(**{name: getattr(self, name) for name in Statistics._fields})
 
 
 def similarity_stats(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastcl.kernels.device.layout import NEG_TOTAL, NEGATIVE_STATE
 from fastcl.kernels.device.tile import LOG2E, finite, included, load_rows, load_vector, logits, products
 
 
@@ -51,9 +52,9 @@ def attend(
             weights *= load_vector(other.factor, others, other)[None, :]
         pull = tl.dot(weights.to(DOT), other_tile, pull * rescale[:, None], input_precision=PRECISION)
     inside = rows < own.count
-    target = partials + split.to(tl.int64) * 2 * own.count + rows
+    target = partials + split.to(tl.int64) * NEGATIVE_STATE * own.count + rows
     tl.store(target, maximum, mask=inside)
-    tl.store(target + own.count, total, mask=inside)
+    tl.store(target + NEG_TOTAL * own.count, total, mask=inside)
     components = tl.arange(0, BLOCK_D)
     target = weighted + (split.to(tl.int64) * own.count + rows)[:, None] * D + components[None, :]
     tl.store(target, pull, mask=inside[:, None] & (components[None, :] < D))
@@ -70,7 +71,7 @@ def joined(partials, weighted, shift, rows, count, D: tl.constexpr, BLOCK_D: tl.
     for _ in range(partials.slots):
         maximum = tl.load(maxima, mask=rows < count, other=0.0)
         total += tl.load(parts, mask=inside, other=0.0) * tl.exp2(maximum - shift)[:, None]
-        maxima += 2 * count
+        maxima += NEGATIVE_STATE * count
         parts += tl.cast(count, tl.int64) * D
     return total
 
@@ -79,7 +80,7 @@ def joined(partials, weighted, shift, rows, count, D: tl.constexpr, BLOCK_D: tl.
 def merge_weighted(
     partials,
     weighted,  # [splits, N, D]
-    state,  # [4, N], merged
+    state,  # [fields, N], merged
     result,  # [N, D]: sum_j p_ij factor_j y_j
     count,
     D: tl.constexpr,
@@ -89,7 +90,7 @@ def merge_weighted(
     """The splits' weighted keys under the merged state."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     shift = finite(tl.load(state + rows, mask=rows < count, other=0.0))
-    total = tl.load(state + count + rows, mask=rows < count, other=1.0)
+    total = tl.load(state + NEG_TOTAL * count + rows, mask=rows < count, other=1.0)
     pull = joined(partials, weighted, shift, rows, count, D, BLOCK_D)
     pull *= tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
     components = tl.arange(0, BLOCK_D)[None, :]

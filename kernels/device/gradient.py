@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastcl.kernels.device.layout import NEG_SLOPE, POS_SHIFT, POS_SLOPE, SUM_SLOPE
 from fastcl.kernels.device.tile import (
     LOG2E,
     included,
@@ -21,17 +22,16 @@ from fastcl.kernels.device.tile import (
 def side_weights(side, weights, indices, negatives, positives, axis: tl.constexpr):
     """The logits' gradients through one side's statistics.
 
-    ``weights`` (5, count): max and slope of the negatives, of the positives, slope of the positives' sum;
-    without labels the first two.
+    ``weights``: packed :class:`Weights`, without labels those of the negatives.
     """
     maximum = tl.expand_dims(load_vector(weights, indices, side), axis)
-    slope = tl.expand_dims(load_vector(weights + side.count, indices, side), axis)
+    slope = tl.expand_dims(load_vector(weights + NEG_SLOPE * side.count, indices, side), axis)
     result = tl.exp2(negatives - maximum) * slope
     if side.positive is not None:
-        maximum = tl.expand_dims(load_vector(weights + 2 * side.count, indices, side), axis)
-        slope = tl.expand_dims(load_vector(weights + 3 * side.count, indices, side), axis)
+        maximum = tl.expand_dims(load_vector(weights + POS_SHIFT * side.count, indices, side), axis)
+        slope = tl.expand_dims(load_vector(weights + POS_SLOPE * side.count, indices, side), axis)
         result += tl.exp2(positives - maximum) * slope
-        constant = tl.expand_dims(load_vector(weights + 4 * side.count, indices, side), axis)
+        constant = tl.expand_dims(load_vector(weights + SUM_SLOPE * side.count, indices, side), axis)
         result += tl.where(positives == float("-inf"), 0.0, constant)
     return result
 
@@ -96,8 +96,8 @@ def gradient(
     own,
     other,
     scale,  # () float32
-    own_weights,  # (5, N) or None
-    other_weights,  # (5, M) or None
+    own_weights,  # Weights of the rows or None
+    other_weights,  # of the columns or None
     unit,  # () float32
     row_gradient,  # [splits, N, D]
     row_sums,  # [splits, N] or None
@@ -141,8 +141,8 @@ def logit_gradient(
     other,
     scale,  # () float32
     matrix,  # stored products
-    own_weights,  # (5, N) or None
-    other_weights,  # (5, M) or None
+    own_weights,  # Weights of the rows or None
+    other_weights,  # of the columns or None
     unit,  # () float32
     result,  # [N, M] in the dtype of the products
     BLOCK_M: tl.constexpr,

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from fastcl.kernels.device.attend import joined
 from fastcl.kernels.device.gradient import accumulate
+from fastcl.kernels.device.layout import NEG_SLOPE
 from fastcl.kernels.device.rows import NORM_EPS, power_of_two_below
 from fastcl.kernels.device.statistics import log_sum, negatives_state
 from fastcl.kernels.device.tile import LOG2E, finite, load_rows, load_vector
@@ -40,7 +41,7 @@ def direction_loss(direction, rows, n_rows, positive_logit, share, SLOTS: tl.con
     slope = share * tl.where(margin > 0.0, 1.0, decay) / rounded
     weight = slope / tl.where(total == 0.0, float("inf"), total)
     tl.store(direction.weights + own, finite(maximum), mask=rows < n_rows)
-    tl.store(direction.weights + direction.count + own, weight, mask=rows < n_rows)
+    tl.store(direction.weights + NEG_SLOPE * direction.count + own, weight, mask=rows < n_rows)
     return share * loss, slope, weight
 
 
@@ -209,7 +210,7 @@ def pulled_gradient(
     if weights is not None:
         shift = load_vector(weights, rows, own)
         total = joined(partials, weighted, shift, rows, own.count, D, BLOCK_D)
-        total *= load_vector(weights + own.count, rows, own)[:, None]
+        total *= load_vector(weights + NEG_SLOPE * own.count, rows, own)[:, None]
     elif weighted is not None:
         components = tl.arange(0, BLOCK_D)[None, :]
         inside = (rows[:, None] < own.count) & (components < D)

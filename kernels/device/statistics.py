@@ -5,6 +5,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastcl.kernels.device.layout import (
+    LSE_NEG,
+    LSE_POS,
+    MAX_NEG,
+    NEG_MAX,
+    NEG_TOTAL,
+    NEGATIVE_STATE,
+    PARTIAL_COUNT,
+    PARTIAL_SUM,
+    POS_COUNT,
+    POS_MAX,
+    POS_SUM,
+    POS_TOTAL,
+    RUNNING,
+)
 from fastcl.kernels.device.tile import (
     LN2,
     LOG2E,
@@ -63,21 +78,21 @@ def statistics(
         if column_partials is not None:
             empty = tl.full((BLOCK_N,), float("-inf"), tl.float32)
             column_max, column_sum = join(empty, tl.zeros((BLOCK_N,), tl.float32), values, 0)
-            target = column_partials + block.to(tl.int64) * 2 * other.count + others
+            target = column_partials + block.to(tl.int64) * NEGATIVE_STATE * other.count + others
             inside = others < other.count
             if TRIANGLE:
                 inside &= others >= (block + 1) * BLOCK_M
             tl.store(target, column_max, mask=inside)
-            tl.store(target + other.count, column_sum, mask=inside)
-    fields = 6 if own.positive is not None else 2
+            tl.store(target + NEG_TOTAL * other.count, column_sum, mask=inside)
+    fields = RUNNING if own.positive is not None else NEGATIVE_STATE
     target = partials + split.to(tl.int64) * fields * own.count + rows
     tl.store(target, max_neg, mask=rows < own.count)
-    tl.store(target + own.count, sum_neg, mask=rows < own.count)
+    tl.store(target + NEG_TOTAL * own.count, sum_neg, mask=rows < own.count)
     if own.positive is not None:
-        tl.store(target + 2 * own.count, max_pos, mask=rows < own.count)
-        tl.store(target + 3 * own.count, sum_pos, mask=rows < own.count)
-        tl.store(target + 4 * own.count, pos_sum, mask=rows < own.count)
-        tl.store(target + 5 * own.count, pos_count, mask=rows < own.count)
+        tl.store(target + POS_MAX * own.count, max_pos, mask=rows < own.count)
+        tl.store(target + POS_TOTAL * own.count, sum_pos, mask=rows < own.count)
+        tl.store(target + PARTIAL_SUM * own.count, pos_sum, mask=rows < own.count)
+        tl.store(target + PARTIAL_COUNT * own.count, pos_count, mask=rows < own.count)
 
 
 @triton.jit
@@ -109,9 +124,9 @@ def combine(maximum, total, maxima, totals):
 @triton.jit
 def negatives_state(partials, triangle, rows, count, SLOTS: tl.constexpr):
     """(max, sum) of rows' negatives from all that was found of them; ``triangle`` may be None."""
-    maximum, total = merged(partials, 0, rows, count, SLOTS)
+    maximum, total = merged(partials, NEG_MAX, rows, count, SLOTS)
     if triangle is not None:
-        other_maximum, other_total = merged(triangle, 0, rows, count, SLOTS)
+        other_maximum, other_total = merged(triangle, NEG_MAX, rows, count, SLOTS)
         maximum, total = combine(maximum, total, other_maximum[None, :], other_total[None, :])
     return tl.where(total != total, total, maximum), total
 
@@ -126,8 +141,8 @@ def log_sum(maximum, total):
 def merge(
     partials,
     triangle,
-    state,  # [4, N]
-    statistics,  # [5, N]
+    state,  # [fields, N]
+    statistics,  # [fields, N]
     count,
     POSITIVES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -141,18 +156,18 @@ def merge(
     pos_count = pos_sum
     max_pos, sum_pos = tl.full((BLOCK,), float("-inf"), tl.float32), pos_sum
     if POSITIVES:
-        max_pos, sum_pos = merged(partials, 2, rows, count, SLOTS)
-        source = partials.data + 4 * count + rows
+        max_pos, sum_pos = merged(partials, POS_MAX, rows, count, SLOTS)
+        source = partials.data + PARTIAL_SUM * count + rows
         for _ in range(partials.slots):
             pos_sum += tl.load(source, mask=inside, other=0.0)
-            pos_count += tl.load(source + count, mask=inside, other=0.0)
+            pos_count += tl.load(source + (PARTIAL_COUNT - PARTIAL_SUM) * count, mask=inside, other=0.0)
             source += partials.per_slot * count
     tl.store(state + rows, maximum, mask=inside)
-    tl.store(state + count + rows, total, mask=inside)
-    tl.store(state + 2 * count + rows, max_pos, mask=inside)
-    tl.store(state + 3 * count + rows, sum_pos, mask=inside)
-    tl.store(statistics + rows, log_sum(maximum, total), mask=inside)
-    tl.store(statistics + count + rows, log_sum(max_pos, sum_pos), mask=inside)
-    tl.store(statistics + 2 * count + rows, pos_sum * LN2, mask=inside)
-    tl.store(statistics + 3 * count + rows, pos_count, mask=inside)
-    tl.store(statistics + 4 * count + rows, maximum * LN2, mask=inside)
+    tl.store(state + NEG_TOTAL * count + rows, total, mask=inside)
+    tl.store(state + POS_MAX * count + rows, max_pos, mask=inside)
+    tl.store(state + POS_TOTAL * count + rows, sum_pos, mask=inside)
+    tl.store(statistics + LSE_NEG * count + rows, log_sum(maximum, total), mask=inside)
+    tl.store(statistics + LSE_POS * count + rows, log_sum(max_pos, sum_pos), mask=inside)
+    tl.store(statistics + POS_SUM * count + rows, pos_sum * LN2, mask=inside)
+    tl.store(statistics + POS_COUNT * count + rows, pos_count, mask=inside)
+    tl.store(statistics + MAX_NEG * count + rows, maximum * LN2, mask=inside)

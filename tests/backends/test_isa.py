@@ -2,6 +2,9 @@
 
 import ctypes
 import subprocess
+from contextlib import contextmanager
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import test_stats
 import test_topk
 import torch
 import torch.nn.functional as F
+from grids import pairwise
 from loss_table import LOSSES, check
 
 import fastcl
@@ -33,17 +37,27 @@ def emulator(tmp_path_factory):
     ctypes.CDLL(str(library)).start_emulating_amx()
 
 
-@pytest.fixture(params=LEVELS)
-def level(request):
+@contextmanager
+def forced(name):
     before = native.isa_levels()[1]
-    if EMULATED and request.param == "amx":
-        request.getfixturevalue("emulator")
-        torch.ops.fastcl_native.force_isa(native.ISA_LEVELS.index("amx"))
-    else:
-        native.force_isa(request.param)
+    torch.ops.fastcl_native.force_isa(native.ISA_LEVELS.index(name))
     with fastcl.use_backend("cpu"):
-        yield request.param
+        yield name
     torch.ops.fastcl_native.force_isa(before)
+
+
+@pytest.fixture
+def levels(request):
+    """A context for each level, by its name."""
+    if EMULATED:
+        request.getfixturevalue("emulator")
+    return {name: partial(forced, name) for name in LEVELS}
+
+
+@pytest.fixture(params=LEVELS)
+def level(request, levels):
+    with levels[request.param]() as name:
+        yield name
 
 
 def test_levels_are_named_and_the_best_is_used_by_default():
@@ -53,6 +67,8 @@ def test_levels_are_named_and_the_best_is_used_by_default():
 
 
 def test_forcing_a_level(level):
+    if level != "amx" or not EMULATED:
+        native.force_isa(level)
     assert native.ISA_LEVELS[native.isa_levels()[1]] == level
     assert f"cpu kernels: {level} " in fastcl.show_config()
 
@@ -63,40 +79,41 @@ def test_unknown_levels_are_refused():
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-@pytest.mark.parametrize("shape", testing.SHAPES, ids=str)
-def test_statistics(shape, dtype, level):
-    for kind in testing.KINDS:
-        case = testing.make_case(kind, shape, seed=20)
-        test_stats.check(case, dtype, scale=0.3)
-        test_stats.check(case, dtype, ("scale",), columns=False, normalize=True)
+def test_statistics(dtype, levels):
+    for row in pairwise(kind=testing.KINDS, shape=testing.SHAPES, normalize=(False, True)):
+        case = testing.make_case(row["kind"], row["shape"], seed=20)
+        if row["normalize"]:
+            test_stats.check(case, dtype, ("scale",), columns=False, normalize=True, each=levels)
+        else:
+            test_stats.check(case, dtype, scale=0.3, each=levels)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 127, 128, 129])
-def test_widths_around_the_vector_length(width, level):
+def test_widths_around_the_vector_length(width, levels):
     for rows in (1, 17, 33):
         case = testing.make_case("random", (rows, 2 * rows + 1, width), seed=21)
         for dtype in testing.DTYPES:
-            test_stats.check(case, dtype, ("scale",), scale=0.3)
+            test_stats.check(case, dtype, ("scale",), scale=0.3, each=levels)
 
 
 @pytest.mark.parametrize(
     "name", ["info_nce", "info_nce-negatives", "nt_xent", "clip_loss", "sup_con", "sup_con-in"]
 )
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-def test_losses(name, dtype, level):
-    for kind in ("random", "peaked", "collapsed"):
-        for shape in ((2, 2, 2), (65, 63, 64)):
-            case = testing.make_case(kind, shape, seed=22)
-            for reduction in ("mean", "none"):
-                check(LOSSES[name], case, dtype, 0.07, reduction=reduction)
+def test_losses(name, levels):
+    for row in pairwise(
+        dtype=testing.DTYPES,
+        kind=("random", "peaked", "collapsed"),
+        shape=((2, 2, 2), (65, 63, 64)),
+        reduction=("mean", "none"),
+    ):
+        case = testing.make_case(row["kind"], row["shape"], seed=22)
+        check(LOSSES[name], case, row["dtype"], 0.07, reduction=row["reduction"], each=levels)
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-@pytest.mark.parametrize("k", [1, 5, 64, 300])
-def test_top_k(k, dtype, level):
-    for width in (1, 6, 33):
-        query, key = test_topk.integers(21, width, 23), test_topk.integers(301, width, 24)
-        test_topk.check(query, key, k, dtype)
+def test_top_k(level):
+    for row in pairwise(dtype=testing.DTYPES, k=(1, 5, 64, 300), width=(1, 6, 33)):
+        query, key = (test_topk.integers(n, row["width"], seed) for n, seed in ((21, 23), (301, 24)))
+        test_topk.check(query, key, row["k"], row["dtype"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -108,29 +125,31 @@ def test_every_half_value_is_converted_exactly(dtype, level):
     assert torch.equal(similarity[:, 0], values.float())
 
 
-@pytest.fixture(params=["highest", "high", "medium"])
-def precision(request):
-    torch.set_float32_matmul_precision(request.param)
-    yield request.param
+@pytest.fixture
+def any_precision():
+    yield
     torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("name", ["info_nce", "info_nce-negatives", "nt_xent", "clip_loss", "sup_con"])
-def test_float32_matmul_precision(name, precision, level):
+def test_float32_matmul_precision(name, levels, any_precision):
     """'high' splits float32 into two bfloat16 where that is faster, 'medium' rounds to one."""
     loss, case = LOSSES[name], testing.make_case("random", (140, 161, 123), seed=25)
     inputs = loss.inputs(case)
     _, exact = testing.value_and_grads(
         lambda *x: loss.formula(*x, loss.factor(0.1), reduction="mean"), inputs
     )
-    _, got = testing.value_and_grads(
-        lambda *x: loss.product(*x, loss.factor(0.1), reduction="mean"), [x.float() for x in inputs]
-    )
-    errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True)]
-    split = precision == "high" and level == "amx"
-    rounded = precision == "medium" and level in HALF_LEVELS
-    assert max(errors) < (1e-2 if rounded else 2e-5 if split else 4e-6)
-    assert (max(errors) > 1e-4) == rounded
+    for level, precision in product(levels, ("highest", "high", "medium")):
+        torch.set_float32_matmul_precision(precision)
+        with levels[level]():
+            _, got = testing.value_and_grads(
+                lambda *x: loss.product(*x, loss.factor(0.1), reduction="mean"), [x.float() for x in inputs]
+            )
+        errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True)]
+        split = precision == "high" and level == "amx"
+        rounded = precision == "medium" and level in HALF_LEVELS
+        assert max(errors) < (1e-2 if rounded else 2e-5 if split else 4e-6), (level, precision)
+        assert (max(errors) > 1e-4) == rounded, (level, precision)
 
 
 def test_a_bfloat16_loss_is_of_exact_products(level):

@@ -5,6 +5,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from grids import HERE, every_backend, pairwise
 
 import fastcl
 from fastcl import PairRule, testing
@@ -31,86 +32,86 @@ def tensors(case, dtype, names=EXTRAS, scale=3.0):
     return [x.to(dtype) for x in (case.query, case.key, *(extras[name] for name in names))]
 
 
-def check(case, dtype=testing.WIDEST, names=EXTRAS, scale=3.0, **options):
-    """All fields and gradients of one call against the dense float64 ones."""
+def check(case, dtype=testing.WIDEST, names=EXTRAS, scale=3.0, each=HERE, **options):
+    """All fields and gradients of one call, in each context, against the dense float64 ones."""
     inputs = tensors(case, dtype, names, scale)
     options = {"rule": case.rule(), "columns": True, **options}
 
     def call(function, query, key, *rest):
         return flat(function(query, key, **dict(zip(names, rest, strict=True)), **options))
 
-    runs = [
-        testing.value_and_grads(lambda *x, f=function: call(f, *x), data)
-        for function, data in (
-            (fastcl.similarity_stats, inputs),
-            (testing.dense_stats, [x.double() for x in inputs]),
-            (testing.dense_stats, inputs),
-        )
-    ]
-    (got, got_grads), (exact, exact_grads), (dense, dense_grads) = runs
+    def run(function, data):
+        return testing.value_and_grads(lambda *x: call(function, *x), data)
+
+    (exact, exact_grads), (dense, dense_grads) = (
+        run(testing.dense_stats, data) for data in ([x.double() for x in inputs], inputs)
+    )
     x, y = (t.double().norm(dim=-1).max().item() for t in inputs[:2])
     x, y = (1.0, 1.0) if options.get("normalize") else (x, y)
     largest = 1.0 + 1.5 * abs(scale) * x * y
-    for i, values in enumerate(zip(got, exact, dense, strict=True)):
-        name = FIELDS[i % 5]
-        unit = largest * (len(case.key) if name == "pos_sum" else 1)
-        testing.assert_within_budget(*values, unit=unit, name=name + " column" * (i >= 5))
     # pos_sum and both statistics of both sides reach every pair
     pull = 4.0 * max(inputs[0].shape[0], inputs[1].shape[0]) * max(1.0, largest)
     units = {"query": abs(scale) * y, "key": abs(scale) * x, "scale": len(case.key) * x * y}
-    for name, *grads in zip(("query", "key", *names), got_grads, exact_grads, dense_grads, strict=True):
-        testing.assert_within_budget(*grads, unit=pull * units.get(name, largest), name=f"gradient of {name}")
+    for where, context in each.items():
+        with context():
+            got, got_grads = run(fastcl.similarity_stats, inputs)
+        for i, values in enumerate(zip(got, exact, dense, strict=True)):
+            name = FIELDS[i % len(FIELDS)]
+            unit = largest * (len(case.key) if name == "pos_sum" else 1)
+            name = f"{where} {name}" + " column" * (i >= len(FIELDS))
+            testing.assert_within_budget(*values, unit=unit, name=name)
+        for name, *grads in zip(("query", "key", *names), got_grads, exact_grads, dense_grads, strict=True):
+            unit = pull * units.get(name, largest)
+            testing.assert_within_budget(*grads, unit=unit, name=f"{where} gradient of {name}")
 
 
 @pytest.mark.parametrize("shape", testing.SHAPES, ids=str)
-@pytest.mark.parametrize("kind", testing.KINDS)
-def test_shapes_and_kinds(kind, shape, backend):
-    case = testing.make_case(kind, shape)
-    check(case)
-    check(case, torch.float32, scale=0.3)
+def test_shapes_and_kinds(shape):
+    for kind in testing.KINDS:
+        case = testing.make_case(kind, shape)
+        check(case, each=every_backend())
+        check(case, torch.float32, scale=0.3, each=every_backend())
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("columns", [False, True])
-def test_dtypes(dtype, normalize, columns, backend):
-    for kind in testing.KINDS:
-        case = testing.make_case(kind, SMALL, seed=1)
-        check(case, dtype, normalize=normalize, columns=columns, scale=0.5)
+def test_dtypes(dtype):
+    for row in pairwise(kind=testing.KINDS, normalize=(False, True), columns=(False, True)):
+        case = testing.make_case(row.pop("kind"), SMALL, seed=1)
+        check(case, dtype, scale=0.5, each=every_backend(), **row)
 
 
-@pytest.mark.parametrize("names", [s for n in range(4) for s in itertools.combinations(EXTRAS, n)])
-def test_optional_arguments(names, backend):
-    scale = 3.0 if "scale" in names else 1.0
-    for columns in (False, True):
-        check(testing.make_case("random", SMALL, seed=2), names=names, scale=scale, columns=columns)
+def test_optional_arguments():
+    for names in (s for n in range(4) for s in itertools.combinations(EXTRAS, n)):
+        options = {"names": names, "scale": 3.0 if "scale" in names else 1.0, "each": every_backend()}
+        for columns in (False, True):
+            check(testing.make_case("random", SMALL, seed=2), columns=columns, **options)
 
 
 @pytest.mark.parametrize("sides", ["none", "positive", "exclude", "both"])
-@pytest.mark.parametrize("kind", ["random", "duplicate-ids"])
-def test_rules(sides, kind, backend):
-    case = testing.make_case(kind, SMALL, seed=3)
-    rule = PairRule(
-        positive=case.labels if sides in ("positive", "both") else None,
-        exclude=case.ids if sides in ("exclude", "both") else None,
-    )
-    for columns in (False, True):
-        check(case, rule=rule, columns=columns)
-        check(case, torch.float32, rule=rule, columns=columns)
+def test_rules(sides):
+    dtypes = {testing.WIDEST, torch.float32}
+    for row in pairwise(kind=("random", "duplicate-ids"), columns=(False, True), dtype=dtypes):
+        case = testing.make_case(row.pop("kind"), SMALL, seed=3)
+        rule = PairRule(
+            positive=case.labels if sides in ("positive", "both") else None,
+            exclude=case.ids if sides in ("exclude", "both") else None,
+        )
+        check(case, rule=rule, each=every_backend(), **row)
 
 
 @pytest.mark.parametrize("scale", [1e3, -1e3, 1e-3])
-def test_normalized_rows_at_extreme_scales(scale, backend):
+def test_normalized_rows_at_extreme_scales(scale):
     for kind in ("random", "peaked", "collapsed", "duplicate-ids"):
-        check(testing.make_case(kind, SMALL, seed=4), torch.float32, ("scale",), scale, normalize=True)
+        case = testing.make_case(kind, SMALL, seed=4)
+        check(case, torch.float32, ("scale",), scale, normalize=True, each=every_backend())
 
 
 @pytest.mark.parametrize("kind", ["random", "peaked", "duplicate-ids"])
-def test_unnormalized_logits_to_1e4(kind, backend):
+def test_unnormalized_logits_to_1e4(kind):
     case = testing.make_case(kind, SMALL, seed=5)
     largest = (case.query @ case.key.T).abs().max()
-    check(case, torch.float32, ("scale",), scale=1e4 / largest.item())
-    check(case, testing.WIDEST, ("scale",), scale=1e4 / largest.item())
+    for dtype in (torch.float32, testing.WIDEST):
+        check(case, dtype, ("scale",), scale=1e4 / largest.item(), each=every_backend())
 
 
 def test_a_row_of_logits_far_below_zero(backend):

@@ -5,6 +5,7 @@
 #include "cpu/losses/attend.h"
 #include "cpu/losses/logistic.h"
 #include "cpu/losses/topk.h"
+#include "fields.h"
 
 namespace fastcl::cpu {
 
@@ -39,6 +40,11 @@ Side<T> make_side(const Input& input, bool normalize, const T* factor) {
   }
   return side;
 }
+
+// Of the negatives, then of the positives.
+constexpr int kLses[] = {StatisticsFields::kLseNeg, StatisticsFields::kLsePos},
+              kMaxima[] = {StateFields::kNegMax, StateFields::kPosMax},
+              kTotals[] = {StateFields::kNegTotal, StateFields::kPosTotal};
 
 enum class Use { similarities, statistics, gradients };
 
@@ -172,17 +178,17 @@ class Similarity {
         for (int side = 0; side < 2; side++) {
           const T max = *entries[side].max, sum = entries[side].total();
           const bool empty = is_empty(max) && !std::isnan(sum);
-          statistics[side * count + i] = log_sum_exp(max, sum);
-          saved[2 * side * count + i] = empty ? -INFINITY : max;
-          saved[(2 * side + 1) * count + i] = empty ? T(0) : sum;
+          statistics[kLses[side] * count + i] = log_sum_exp(max, sum);
+          saved[kMaxima[side] * count + i] = empty ? -INFINITY : max;
+          saved[kTotals[side] * count + i] = empty ? T(0) : sum;
         }
         const PositiveSums<T> positives = state.positive_sums(i);
-        statistics[2 * count + i] = positives.sum.total() * static_cast<T>(kLn2);
-        statistics[3 * count + i] = *positives.count;
+        statistics[StatisticsFields::kPosSum * count + i] = positives.sum.total() * static_cast<T>(kLn2);
+        statistics[StatisticsFields::kPosCount * count + i] = *positives.count;
         const T max = *entries[0].max, sum = entries[0].total();
-        statistics[4 * count + i] = std::isnan(sum) ? sum
-                                    : is_empty(max) ? -INFINITY
-                                                    : max * static_cast<T>(kLn2);
+        statistics[StatisticsFields::kMaxNeg * count + i] = std::isnan(sum) ? sum
+                                                            : is_empty(max) ? -INFINITY
+                                                                            : max * static_cast<T>(kLn2);
       }
     });
   }
@@ -200,14 +206,15 @@ class Similarity {
 
   static SideWeights<T> side_weights(const T* grad, const T* state, int64_t count) {
     using W = SideWeights<T>;
+    constexpr int kWeightMaxima[] = {W::kNegMax, W::kPosMax}, kFactors[] = {W::kNegFactor, W::kPosFactor};
     W weights = make_side_weights<T>(count);
     for (int64_t i = 0; i < count; i++) {
       for (int side = 0; side < 2; side++) {
-        const T max = state[2 * side * count + i], sum = state[(2 * side + 1) * count + i];
-        if (max > excluded_logit<T> / 2) weights.field(2 * side)[i] = max;
-        weights.field(2 * side + 1)[i] = weight_factor(grad[side * count + i], max, sum);
+        const T max = state[kMaxima[side] * count + i], sum = state[kTotals[side] * count + i];
+        if (max > excluded_logit<T> / 2) weights.field(kWeightMaxima[side])[i] = max;
+        weights.field(kFactors[side])[i] = weight_factor(grad[kLses[side] * count + i], max, sum);
       }
-      weights.field(W::kConstant)[i] = grad[2 * count + i];
+      weights.field(W::kConstant)[i] = grad[StatisticsFields::kPosSum * count + i];
     }
     return weights;
   }

@@ -16,8 +16,8 @@ struct SimilarityCall {
   Precision precision;
 };
 
-// Statistics (5, count) and what of them the backward pass takes (4, count): max and sum of negatives and
-// positives. Null where not wanted.
+// Statistics, as StatisticsFields, and what of them the backward pass takes, as StateFields. Null where not
+// wanted.
 template <class T>
 struct SimilarityResult {
   T *rows, *row_state, *columns, *column_state;

@@ -11,8 +11,8 @@
 
 namespace fastcl::cpu {
 
-constexpr int64_t kMaxBlock = 256;  // lanes or rows of a tile
-constexpr int64_t kLaneUnit = 32;   // blocks are multiples of it: whole panels at every level
+constexpr int64_t kMaxBlock = kMaxTile;  // lanes or rows of a tile; a multiple of kLaneUnit
+static_assert(kMaxBlock % kLaneUnit == 0);
 
 // The smallest block that leaves the number of blocks as if they were of `largest`.
 inline int64_t even_block(int64_t count, int64_t largest) {

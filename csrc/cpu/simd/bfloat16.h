@@ -11,6 +11,7 @@ namespace fastcl::cpu {
 using Pair = uint32_t;
 constexpr int64_t kPairDepth = 32;  // summed dimensions are padded to it with zeros
 constexpr int64_t kPairPanel = 32;  // columns of a packed panel
+static_assert(kLaneUnit % kPairPanel == 0);
 constexpr int kMaxParts = 2;
 
 // Rows as bfloat16, `depth` per part, the parts side by side.

@@ -9,6 +9,8 @@
 namespace fastcl::cpu {
 namespace {
 
+static_assert(kLaneUnit % kPanel<float> == 0 && kLaneUnit % kPanel<double> == 0);
+
 // ---- loading and packing ----
 
 template <class T, class S>

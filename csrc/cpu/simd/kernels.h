@@ -17,6 +17,9 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 }  // namespace
 
+constexpr int64_t kMaxTile = 256;  // rows or lanes
+constexpr int64_t kLaneUnit = 32;  // lanes are multiples of it: whole panels at every level
+
 enum class DType : int { float64, float32, float16, bfloat16 };
 
 // Stands for "no such pair": far below every logit, yet finite, so that no arithmetic on it makes a NaN.

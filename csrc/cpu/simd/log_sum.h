@@ -20,7 +20,6 @@ Vec<T> empty_vector() {
   return splat(excluded_logit<T>);
 }
 
-constexpr int64_t kMaxTile = 256;
 constexpr int64_t kSumRows = 16;  // rows of a tile that are summed at once
 
 // sum = sum * factor + x

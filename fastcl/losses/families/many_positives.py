@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastcl.similarity.fields import Statistics
-from fastcl.similarity.numerics import logaddexp, matmul_precision_level, softplus
+from fastcl.similarity.forms import any_positive, each_positive
+from fastcl.similarity.numerics import matmul_precision_level
 from fastcl.similarity.problem import Problem
 
 
@@ -67,14 +68,9 @@ class ManyPositives(NamedTuple):
 
     def losses(self, rows: Statistics, columns: Statistics | None) -> Tensor:
         """The loss of each row from the statistics of :meth:`problem`; 0 for a row without positives."""
-        count = rows.pos_count.clamp_min(1)
         if self.variant == "out":
-            losses = logaddexp(rows.lse_neg, rows.lse_pos) - rows.pos_sum / count
-        else:
-            # where there are no positives, as two infinities would differ by NaN
-            lse_pos = rows.lse_pos.masked_fill(rows.pos_count == 0, 0.0)
-            losses = softplus(rows.lse_neg - lse_pos) + count.log()
-        return torch.where(rows.pos_count > 0, losses, 0.0)
+            return each_positive(rows)
+        return any_positive(rows) + rows.pos_count.clamp_min(1).log()
 
 
 # the first ones, which may need a gradient; all before the flags

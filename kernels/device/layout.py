@@ -1,0 +1,45 @@
+"""The places of fields in packed tensors, as kernels take them: the host's, which is where they are said."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton.language as tl
+from torch import Tensor
+
+from fastcl.similarity import fields
+
+
+class Weights(NamedTuple):
+    """What the gradient kernels take of each row, packed in this order."""
+
+    neg_max: Tensor  # of the logits, in log2 units
+    neg_slope: Tensor  # what exp2(logit - neg_max) is multiplied by
+    pos_max: Tensor
+    pos_slope: Tensor
+    sum_slope: Tensor  # the gradient of the positives' sum
+
+
+NEGATIVE_WEIGHTS = Weights._fields.index("pos_max")  # how many there are without positives
+
+LSE_NEG = tl.constexpr(fields.LSE_NEG)
+LSE_POS = tl.constexpr(fields.LSE_POS)
+POS_SUM = tl.constexpr(fields.POS_SUM)
+POS_COUNT = tl.constexpr(fields.POS_COUNT)
+MAX_NEG = tl.constexpr(fields.MAX_NEG)
+
+NEG_MAX = tl.constexpr(fields.NEG_MAX)
+NEG_TOTAL = tl.constexpr(fields.NEG_TOTAL)
+POS_MAX = tl.constexpr(fields.POS_MAX)
+POS_TOTAL = tl.constexpr(fields.POS_TOTAL)
+NEGATIVE_STATE = tl.constexpr(fields.NEGATIVE_STATE)
+
+# of partial statistics: the state, then the positives' sum and count
+PARTIAL_SUM = tl.constexpr(fields.RUNNING_SUMS.start)
+PARTIAL_COUNT = tl.constexpr(fields.RUNNING_SUMS.start + 1)
+RUNNING = tl.constexpr(fields.RUNNING)
+
+NEG_SLOPE = tl.constexpr(Weights._fields.index("neg_slope"))
+POS_SHIFT = tl.constexpr(Weights._fields.index("pos_max"))
+POS_SLOPE = tl.constexpr(Weights._fields.index("pos_slope"))
+SUM_SLOPE = tl.constexpr(Weights._fields.index("sum_slope"))

@@ -17,12 +17,16 @@ _IMPORT = re.compile(r"^from fastcl import (.+)$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Method:
-    """A paper's method, and the trainer of ``fastcl train`` that is it, if there is one."""
+    """A paper's method.
+
+    ``trainer``: of ``fastcl train``, if there is one. ``over``: the functions it is made of.
+    """
 
     name: str
     year: int
     paper: str
     trainer: str = ""
+    over: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,17 +64,23 @@ def read(path: Path) -> Page:
     if path.parent.name == "methods":
         imported = (name for names in _IMPORT.findall(found[3]) for name in names.split(", "))
         said |= {"functions": dict.fromkeys(imported), "test": RECIPES_TEST}
-    methods = tuple(Method(**method) for method in said.pop("methods"))
     functions = tuple(said.pop("functions"))
+    # a recipe is made of what it calls; a loss page's method, of the page's first function
+    over = functions if path.parent.name == "methods" else functions[:1]
+    methods = tuple(Method(**{"over": over, **method}) for method in said.pop("methods"))
     source = path.relative_to(DOCS).as_posix()
     return Page(source=source, title=found[2], functions=functions, methods=methods, **said)
 
 
 def losses() -> list[Page]:
     """The pages of the library's own losses."""
-    return [read(path) for path in sorted((DOCS / "losses").glob("*.md"))]
+    return _pages("losses")
 
 
 def recipes() -> list[Page]:
     """The pages of the methods that are a few lines over them."""
-    return [read(path) for path in sorted((DOCS / "methods").glob("*.md"))]
+    return _pages("methods")
+
+
+def _pages(folder: str) -> list[Page]:
+    return sorted(map(read, (DOCS / folder).glob("*.md")), key=lambda page: page.title.lower())

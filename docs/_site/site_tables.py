@@ -39,13 +39,11 @@ def literature(source: str) -> str:
     """Every method: its loss, its page, its trainer, its test."""
     rows = []
     for page in (*losses(), *recipes()):
-        # a recipe's own losses are those of the library's that it uses; a loss page's is its first
-        names = page.functions if page.is_recipe else page.functions[:1]
         for method in page.methods:
             row = [
                 f"[{method.name}]({method.paper})",
                 str(method.year),
-                ", ".join(_function(name, source) for name in names),
+                ", ".join(_function(name, source) for name in method.over),
                 f"[{'recipe' if page.is_recipe else 'loss'}]({_to(page.source, source)})",
                 f"[`{method.trainer}`]({_to('training.md', source)})" if method.trainer else "&ndash;",
                 f"`{page.test.removeprefix('tests/')}`",
@@ -57,9 +55,10 @@ def literature(source: str) -> str:
 
 def which(source: str) -> str:
     """What one has, the page, and why that."""
+    pages = sorted((*losses(), *recipes()), key=lambda page: page.have)
     rows = [
         [page.have, f"[{page.title.partition(':')[0]}]({_to(page.source, source)})", page.gain]
-        for page in (*losses(), *recipes())
+        for page in pages
         if page.have
     ]
     return _table(["You have", "Take", "Because"], rows)

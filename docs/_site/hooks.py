@@ -57,7 +57,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def _made(name: str, argument: str | None, source: str) -> str:
     if name == "include":  # a file of results, without its title
-        return (_ROOT / str(argument)).read_text().partition("\n")[2].strip()
+        return (_ROOT / str(argument)).read_text().partition("\n")[2].strip().replace("<", "&lt;")
     if name == "picture":
         made: Any = getattr(pictures, str(argument))
         return str(made())

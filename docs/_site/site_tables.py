@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import posixpath
 from collections.abc import Iterable
 
@@ -73,12 +74,27 @@ def facts(page: Page) -> str:
         rows.append(["Over", ", ".join(_function(name, page.source) for name in page.functions)])
     rows.append([f"[Products]({_to('how.md', page.source)}#what-a-step-costs)", page.products])
     rows.append(["Memory", page.memory])
+    over_ranks = _takes_group(page)
+    if over_ranks:
+        names = ", ".join(f"`{name}({options})`" for name, options in over_ranks.items())
+        rows.append([f"[Over ranks]({_to('processes.md', page.source)})", names])
     trainers = dict.fromkeys(m.trainer for m in page.methods if m.trainer)
     if trainers:
         rows.append(["Trainer", ", ".join(f"`fastcl train {name}`" for name in trainers)])
     rows.append(["Tested by", f"`{page.test}`"])
     (first, *rest) = rows
     return _table(first, rest)
+
+
+def _takes_group(page: Page) -> dict[str, str]:
+    """The page's own functions that take ranks, and how."""
+    found = {}
+    for name in () if page.is_recipe else page.functions:
+        function = getattr(fastcl, name)
+        taken = inspect.signature(function).parameters if inspect.isfunction(function) else {}
+        if "group" in taken:
+            found[name] = "group=, ring=" if "ring" in taken else "group="
+    return found
 
 
 def trainers(source: str) -> str:

@@ -1,6 +1,7 @@
 # make demo    a real contrastive training run on real images, then fastcl against plain PyTorch
 # make test    the tests
 # make triton  the tests of the Triton kernels through its interpreter, and their machine code for four GPUs
+# make docs    the documentation's site under build/site
 # make bench   the benchmarks, as a table and a picture under bench/results/
 # make lint    formatting, lint and types
 # make asan    the tests of the native code under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 BUILD := $(if $(shell command -v nvcc),cuda,cpu)
 NATIVE := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: demo test quick triton bench lint format asan tsan cuda-code clean
+.PHONY: demo test quick triton docs bench lint format asan tsan cuda-code clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastcl train simclr --data digits --out runs/digits
@@ -32,6 +33,9 @@ TRITON_TESTS = losses/test_losses.py losses/test_degenerate.py losses/test_mochi
 triton: $(VENV)/.installed
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(TRITON_TESTS:%=tests/%)
 	$(BIN)/python -W ignore -m bench.aot -k "bfloat16 D=128"
+
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench.run
@@ -86,5 +90,5 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
-	FASTCL_BUILD=$(BUILD) $(BIN)/pip install --quiet --no-build-isolation '$(TORCH)' -e '.[train,bench,test,lint]'
+	FASTCL_BUILD=$(BUILD) $(BIN)/pip install --quiet --no-build-isolation '$(TORCH)' -e '.[train,bench,test,lint,docs]'
 	touch $@

@@ -43,9 +43,13 @@ def group_reduce(losses: Tensor, count: int, reduction: str, group: dist.Process
     """The loss of all ranks' rows from this rank's ``count`` losses or, unless 'none', from their sum."""
     if reduction == "none":
         return losses
-    own = torch.stack([losses.sum(), losses.new_full((), count)])
-    total = gather_rows(own[None], [1] * dist.get_world_size(group), group).sum(dim=0)
+    total = group_sum(torch.stack([losses.sum(), losses.new_full((), count)]), group)
     return total[0] / total[1] if reduction == "mean" else total[0]
+
+
+def group_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of every rank's ``x``, on every rank; differentiable once."""
+    return gather_rows(x[None], [1] * dist.get_world_size(group), group).sum(dim=0)
 
 
 def reduce(losses: Tensor, reduction: str, group: dist.ProcessGroup | None = None) -> Tensor:

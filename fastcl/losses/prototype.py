@@ -108,8 +108,7 @@ def prototype_nce(
 def check_assigned(assigned: Tensor, rows: Tensor, prototypes: Tensor) -> Tensor:
     """``assigned`` as int64; raise unless it names one of the (K, D) prototypes for each row (N, D)."""
     assigned = check_ids("assigned", assigned, rows)
-    what = f" for prototypes of shape {tuple(prototypes.shape)}"
-    check_range("assigned", assigned, prototypes.shape[0], what)
+    check_range("assigned", assigned, prototypes.shape[0], "prototypes")
     return assigned
 
 

@@ -6,18 +6,20 @@ Schroff et al. 2015, https://arxiv.org/abs/1503.03832; Hermans et al. 2017, http
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastcl.distributed.gather import gather_rows, group_sum, ids_of_rows, reduce, row_counts
+from fastcl.losses._scope import check_scope
 from fastcl.similarity.checks import (
     check_choice,
     check_matrix,
     check_number,
     check_pair,
-    check_reduction,
     check_same,
     in_one_dtype,
 )
-from fastcl.similarity.numerics import reduce, row_dot, unit_rows, without_autocast
+from fastcl.similarity.numerics import row_dot, unit_rows, without_autocast
 from fastcl.similarity.rules import PairRule, check_ids
 from fastcl.similarity.topk import similarity_topk
 
@@ -30,6 +32,7 @@ def triplet_loss(
     margin: float = 0.2,
     mining: str = "semi_hard",
     reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """``max(0, d_pos - d_neg + margin)`` of unit rows' squared distances, with one mined negative each.
 
@@ -42,6 +45,8 @@ def triplet_loss(
         margin: a finite number, at least 0.
         mining: 'hard': the nearest negative; 'semi_hard': the nearest that is farther than the positive.
         reduction: 'mean', 'sum' or 'none'. A row without such a negative gives 0 and is counted.
+        group: the loss is that of all ranks' rows, each rank passing its own, as in :func:`fastcl.info_nce`;
+            the negatives are all ranks'.
 
     Returns:
         The loss, () or (N,) with 'none'.
@@ -49,26 +54,28 @@ def triplet_loss(
     Raises:
         ValueError, TypeError: as :func:`fastcl.info_nce`; an unknown mining; a bad margin.
     """
-    check_reduction(reduction)
+    check_scope(reduction, group, False)
     check_choice("mining", mining, ("semi_hard", "hard"))
     margin = check_number("margin", margin, 0.0)
     anchor, positive = check_pair("anchor", anchor, "positive", positive)
-    rule = PairRule()
-    if negative_keys is None:
-        ids = torch.arange(anchor.shape[0], device=anchor.device)
-        rule = PairRule(exclude=(ids, ids))
-    else:
+    ids = ids_of_rows(anchor.shape[0], group, anchor.device)
+    if negative_keys is not None:
         check_matrix("negative_keys", negative_keys)
         check_same("negative_keys", negative_keys, "anchor", anchor)
         if negative_keys.dtype != anchor.dtype:
             anchor, positive, negative_keys = in_one_dtype(anchor, positive, negative_keys)
     with without_autocast(anchor.device):
         x, y = unit_rows(anchor), unit_rows(positive)
-        keys = y if negative_keys is None else unit_rows(negative_keys)
+        keys, key_ids = y if negative_keys is None else unit_rows(negative_keys), ids
+        if group is not None:
+            counts = row_counts(keys, group)
+            keys = gather_rows(keys, counts, group)
+            key_ids = gather_rows(ids, counts, group) if negative_keys is None else ids
+        rule = PairRule() if negative_keys is not None else PairRule(exclude=(ids, key_ids))
         below = row_dot(x, y).detach() if mining == "semi_hard" else None
         _, nearest = similarity_topk(x, keys, 1, rule=rule, below=below)
         losses = (_distance(x, y) - _distance_to(x, keys, nearest[:, 0]) + margin).clamp_min(0)
-        return reduce(losses.where(nearest[:, 0] >= 0, 0.0), reduction)
+        return reduce(losses.where(nearest[:, 0] >= 0, 0.0), reduction, group)
 
 
 class TripletLoss(nn.Module):
@@ -93,7 +100,12 @@ class TripletLoss(nn.Module):
 
 
 def batch_hard_triplet_loss(
-    features: Tensor, labels: Tensor, *, margin: float = 0.2, reduction: str = "mean"
+    features: Tensor,
+    labels: Tensor,
+    *,
+    margin: float = 0.2,
+    reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """``max(0, d_pos - d_neg + margin)``: each row's farthest positive and nearest negative in the batch.
 
@@ -104,6 +116,7 @@ def batch_hard_triplet_loss(
         labels: (N,) integers; rows of equal labels are each other's positives.
         margin: a finite number, at least 0.
         reduction: 'mean' over the rows that have both, 'sum' or 'none' (0 for the others).
+        group: the loss is that of all ranks' rows, each rank passing its own, as in :func:`fastcl.info_nce`.
 
     Returns:
         The loss, () or (N,) with 'none'; the mean over no rows is 0.
@@ -111,20 +124,28 @@ def batch_hard_triplet_loss(
     Raises:
         ValueError, TypeError: as :func:`fastcl.sup_con`; a bad margin.
     """
-    check_reduction(reduction)
+    check_scope(reduction, group, False)
     check_matrix("features", features)
     margin = check_number("margin", margin, 0.0)
     labels = check_ids("labels", labels, features)
-    ids = torch.arange(features.shape[0], device=features.device)
-    rule = PairRule(positive=(labels, labels), exclude=(ids, ids))
+    ids = ids_of_rows(features.shape[0], group, features.device)
     with without_autocast(features.device):
         x = unit_rows(features)
-        farthest = similarity_topk(x, x, 1, rule=rule, among="positive", largest=False)[1][:, 0]
-        nearest = similarity_topk(x, x, 1, rule=rule, among="negative")[1][:, 0]
+        keys, key_labels, key_ids = x, labels, ids
+        if group is not None:
+            counts = row_counts(x, group)
+            keys, key_labels, key_ids = (gather_rows(rows, counts, group) for rows in (x, labels, ids))
+        rule = PairRule(positive=(labels, key_labels), exclude=(ids, key_ids))
+        farthest = similarity_topk(x, keys, 1, rule=rule, among="positive", largest=False)[1][:, 0]
+        nearest = similarity_topk(x, keys, 1, rule=rule, among="negative")[1][:, 0]
         both = (farthest >= 0) & (nearest >= 0)
-        losses = (_distance_to(x, x, farthest) - _distance_to(x, x, nearest) + margin).clamp_min(0)
+        losses = (_distance_to(x, keys, farthest) - _distance_to(x, keys, nearest) + margin).clamp_min(0)
         losses = losses.where(both, 0.0)
-        return losses.sum() / both.sum().clamp_min(1) if reduction == "mean" else reduce(losses, reduction)
+        if reduction != "mean":
+            return reduce(losses, reduction, group)
+        total = torch.stack([losses.sum(), both.sum().to(losses.dtype)])
+        total = total if group is None else group_sum(total, group)
+        return total[0] / total[1].clamp_min(1)
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

@@ -7,10 +7,13 @@ https://arxiv.org/abs/2111.13998).
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from fastcl.similarity.checks import check_matrix, check_reduction, check_same, in_one_dtype, inverse_scalar
-from fastcl.similarity.numerics import reduce, unit_rows, without_autocast
+from fastcl.distributed.gather import gather_rows, reduce, row_counts
+from fastcl.losses._scope import check_scope
+from fastcl.similarity.checks import check_matrix, check_same, in_one_dtype, inverse_scalar
+from fastcl.similarity.numerics import unit_rows, without_autocast
 from fastcl.similarity.rules import PairRule, check_key_indices
 from fastcl.similarity.stats import similarity_stats
 
@@ -24,6 +27,7 @@ def weighted_info_nce(
     *,
     normalize: bool = True,
     reduction: str = "mean",
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Cross-entropy with several weighted targets per row: ``sum_a w_ia (LSE_i - l_i,target_ia)``.
 
@@ -39,6 +43,8 @@ def weighted_info_nce(
         temperature: a finite non-zero number, or a tensor of one element, which then receives its gradient.
         normalize: divide rows by their L2 norm first.
         reduction: 'mean', 'sum' or 'none'.
+        group: the loss is that of all ranks' rows, each rank passing its own, as in :func:`fastcl.info_nce`;
+            targets are rows of all ranks' keys in rank order.
 
     Returns:
         The loss, () or (N,) with 'none'.
@@ -47,7 +53,7 @@ def weighted_info_nce(
         ValueError, TypeError: as :func:`fastcl.similarity_stats`; targets that are not (N, k) int64, on the
             CPU out of range; weights of another shape.
     """
-    check_reduction(reduction)
+    check_scope(reduction, group, False)
     check_matrix("query", query)
     check_matrix("key", key)
     check_same("key", key, "query", query)
@@ -55,13 +61,15 @@ def weighted_info_nce(
         query, key = in_one_dtype(query, key)
     check_matrix("weights", weights)
     scale = inverse_scalar("temperature", temperature, query)
-    check_key_indices("targets", targets, query, key.shape[0])
+    counts = [key.shape[0]] if group is None else row_counts(key, group)
+    check_key_indices("targets", targets, query, sum(counts))
     if weights.shape != targets.shape:
         raise ValueError(
             f"weights must have the shape of targets, {tuple(targets.shape)}, got {tuple(weights.shape)}"
         )
     with without_autocast(query.device):
         x, y = unit_rows(query, normalize), unit_rows(key, normalize)
+        y = y if group is None else gather_rows(y, counts, group)
         named = targets >= 0
         padded = torch.cat([y, y.new_zeros(1, y.shape[1])])  # where padding points to
         logits = (padded[targets.where(named, y.shape[0])] @ x[:, :, None]).squeeze(2) * scale.to(x.dtype)
@@ -72,7 +80,7 @@ def weighted_info_nce(
         )
         lse = stats.lse_neg.masked_fill(~named.any(dim=1), 0.0)
         losses = (weights.to(x.dtype) * (lse[:, None] - logits)).where(named, 0.0).sum(dim=1)
-        return reduce(losses, reduction)
+        return reduce(losses, reduction, group)
 
 
 def _named_before(targets: Tensor) -> Tensor:

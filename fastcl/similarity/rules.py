@@ -190,7 +190,7 @@ def check_key_indices(name: str, indices: Tensor, query: Tensor, keys: int) -> N
             f"{name} must have a row per query: expected ({query.shape[0]}, k), got {tuple(indices.shape)}"
         )
     _check_device(name, indices, query)
-    check_range(name, indices, keys, f" for {keys} keys", low=-1)
+    check_range(name, indices, keys, "keys", low=-1)
 
 
 def _check_index_matrix(name: str, indices: Tensor) -> None:
@@ -202,12 +202,14 @@ def _check_index_matrix(name: str, indices: Tensor) -> None:
 
 
 def check_range(name: str, indices: Tensor, count: int, what: str = "", *, low: int = 0) -> None:
-    """Raise unless readable ``indices`` are from ``low`` to ``count - 1``; ``what`` says of what."""
+    """Raise unless readable ``indices`` are from ``low`` to ``count - 1``, of so many ``what``."""
     if not indices.numel() or not is_readable(indices):
         return
     least, most = (int(x) for x in indices.aminmax())
     if least < low or most >= count:
-        raise ValueError(f"{name} must be from {low} to {count - 1}{what}, got from {least} to {most}")
+        # said here only: in a compiled graph a count that is written out would be taken for a constant
+        of = f" for {count} {what}" if what else ""
+        raise ValueError(f"{name} must be from {low} to {count - 1}{of}, got from {least} to {most}")
 
 
 def check_ids(name: str, ids: Tensor, rows: Tensor | None = None) -> Tensor:

@@ -25,6 +25,19 @@ SIGNATURES = {
     "nwj_bound": "f, g",
     "donsker_varadhan_bound": "f, g",
 }
+NAMED = torch.tensor([[0, 2], [1, 1], [3, -1], [-1, -1], [4, 5]])  # targets, of six keys
+
+
+def by_row(x, values):
+    """One of the values for each row of x, again and again, on its device."""
+    count = x.shape[0]
+    return values.to(x.device).repeat(1 + count // len(values), *[1] * (values.dim() - 1))[:count]
+
+
+def weighted(q, k, *t):
+    return fastcl.weighted_info_nce(q, k, by_row(q, NAMED), by_row(q, torch.tensor([[0.75, 0.5]])), *t)
+
+
 ASSIGNED = torch.tensor([0, 2, 2, 1, 0, 2])
 PAIR = ((6, 4), (6, 4))
 OBJECTIVES = {
@@ -38,8 +51,18 @@ OBJECTIVES = {
     "donsker_varadhan_bound": (fastcl.donsker_varadhan_bound, PAIR),
     "in_batch": (lambda x, y, z, *t: fastcl.info_nce(x, y, z, *t, in_batch=True), (*PAIR, (5, 4))),
     "as they are": (lambda x, y, z, *t: fastcl.info_nce(x, y, z, *t, normalize=False), (*PAIR, (5, 4))),
+    "weighted_info_nce": (weighted, PAIR),
+    "siglip_loss": (lambda x, y, s=3.0: fastcl.siglip_loss(x, y, s, -1.0), PAIR),
+    "nce_loss": (lambda q, p, n, *t: fastcl.nce_loss(q, p, n, *t, log_z=0.5), (*PAIR, (5, 4))),
+    "jsd_loss": (lambda x, y: fastcl.jsd_loss(x, y, by_row(x, torch.tensor([0, 2, 1]))), PAIR),
+    "triplet_loss": (fastcl.triplet_loss, PAIR),
+    "batch_hard_triplet_loss": (
+        lambda x: fastcl.batch_hard_triplet_loss(x, by_row(x, torch.tensor([0, 1]))),
+        ((6, 4),),
+    ),
 }
-SCALED = [name for name in OBJECTIVES if name != "alignment" and "bound" not in name]
+UNSCALED = {"alignment", "jsd_loss", "triplet_loss", "batch_hard_triplet_loss"}
+SCALED = [name for name in OBJECTIVES if name not in UNSCALED and "bound" not in name]
 every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 
 
@@ -111,7 +134,7 @@ def test_scalars_may_be_tensors_of_one_element(name, shape):
 @pytest.mark.parametrize("name", SCALED)
 def test_a_tensor_out_of_range_gives_nan(name):
     function, shapes = OBJECTIVES[name]
-    bad = torch.tensor(torch.nan if name == "uniformity" else 0.0)
+    bad = torch.tensor(torch.nan if name in ("uniformity", "siglip_loss") else 0.0)
     assert function(*(x.float() for x in rows(*shapes)), bad).isnan()
 
 
@@ -126,7 +149,10 @@ def test_frozen_sides_cost_no_gradient(name):
         assert not function(*inputs).requires_grad
 
 
-@every_objective
+# the logistic sums' chunks are counted as the graph is made
+@pytest.mark.parametrize(
+    "name", [name for name in OBJECTIVES if name not in ("siglip_loss", "nce_loss", "jsd_loss")]
+)
 def test_one_graph_serves_all_batch_sizes(name):
     function, shapes = OBJECTIVES[name]
     torch._dynamo.reset()

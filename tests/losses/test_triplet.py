@@ -70,3 +70,11 @@ def test_bad_options():
     with pytest.raises(ValueError, match="labels"):
         fastcl.batch_hard_triplet_loss(a, torch.arange(4))
     assert fastcl.triplet_loss(a[:1], a[:1]).item() == 0
+
+
+def test_no_negative_is_farther_than_the_positive(backend):
+    a, k = rows(N, 5), rows(7, 6)
+    losses = fastcl.triplet_loss(a, -a.detach(), k, reduction="none")
+    assert losses.eq(0).all()
+    assert all(grad.eq(0).all() for grad in torch.autograd.grad(losses.sum(), [a, k]))
+    assert fastcl.triplet_loss(a, -a.detach(), k, mining="hard").item() > 1

@@ -12,11 +12,27 @@ from torch import Tensor, nn
 
 pytest.importorskip("fastcl.train")
 
+import torch.distributed as dist
 from lightning.pytorch import Trainer
+from test_distributed import on_every_rank
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastcl
-from fastcl.train import BYOL, Batch, Cosine, MoCo, Optimization, SimCLR, SimSiam, SupCon, prepare
+from fastcl.train import (
+    BYOL,
+    BarlowTwins,
+    Batch,
+    Cosine,
+    MoCo,
+    MoCoV3,
+    Optimization,
+    SimCLR,
+    SimSiam,
+    SupCon,
+    VICReg,
+    make_encoder,
+    prepare,
+)
 from fastcl.train.evaluate.features import Features
 from fastcl.train.methods.siamese import Siamese
 
@@ -175,8 +191,6 @@ class TestSiamese:
         assert loss.isclose(exact)
 
     def test_moco_v3_is_the_cross_entropy_of_both_directions(self) -> None:
-        from fastcl.train import MoCoV3
-
         module = self.module(MoCoV3, momentum=0.9, temperature=0.2)
         samples = torch.randn(16, 6)
         batch = module.on_after_batch_transfer((samples,), 0)
@@ -200,8 +214,6 @@ class TestSiamese:
             SimCLR(nn.Identity(), 4, nn.Identity(), loss="l2")
 
     def test_the_patch_embedding_of_a_transformer_is_frozen(self) -> None:
-        from fastcl.train import MoCoV3, make_encoder
-
         encoder, features = make_encoder("vit_tiny", 16)
         assert features == 128
         module = MoCoV3(encoder, features, nn.Identity(), hidden=8, optimization=SGD)
@@ -210,6 +222,29 @@ class TestSiamese:
         assert frozen == {"patch_embed.proj.weight", "patch_embed.proj.bias"}
         assert "encoder.blocks.3.attn.qkv.weight" in trained
         assert not any(name.startswith("slow_copy") for name in trained)
+
+
+def losses_are_those_of_all_ranks_rows(group: dist.ProcessGroup) -> None:
+    z = [torch.randn(8, 4, generator=torch.Generator().manual_seed(i)).double() for i in (1, 2)]
+    rank = dist.get_rank()
+    own = [x[4 * rank : 4 * rank + 4].clone().requires_grad_() for x in z]
+    whole = [x.clone().requires_grad_() for x in z]
+    for method, exact in (
+        (VICReg, fastcl.vicreg_loss(*whole)),
+        (BarlowTwins, fastcl.barlow_twins_loss(*whole)),
+        (SimCLR, fastcl.nt_xent(*whole, 0.1)),
+    ):
+        module = method(nn.Identity(), 4, nn.Identity(), dim=4, optimization=SGD)
+        loss = module.loss(tuple(own), (), Batch(tuple(own)))
+        torch.testing.assert_close(loss, exact)
+        found = torch.autograd.grad(loss, own)
+        for x, y in zip(found, torch.autograd.grad(exact, whole), strict=True):
+            # what DistributedDataParallel averages: the sum over both ranks' losses
+            torch.testing.assert_close(x / 2, y[4 * rank : 4 * rank + 4])
+
+
+def test_the_batch_of_a_loss_is_that_of_all_processes(tmp_path: Path) -> None:
+    on_every_rank((losses_are_those_of_all_ranks_rows,), 2, tmp_path)
 
 
 class TestSchedules:

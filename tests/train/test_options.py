@@ -149,6 +149,14 @@ class TestCommandLine:
         )
         assert done.returncode == 0, done.stderr
 
+    def test_the_script_of_the_readme_can_import_what_it_needs(self) -> None:
+        readme = Path(__file__).parents[2].joinpath("README.md").read_text()
+        (script,) = re.findall(r"```python\n(from fastcl\.train [^`]*)```", readme)
+        imports = [line for line in script.splitlines() if line.startswith("from ")]
+        assert len(imports) == 2
+        done = run_python("\n".join(imports))
+        assert done.returncode == 0, done.stderr
+
     def test_a_missing_optional_package_is_said_with_the_command_that_installs_it(self) -> None:
         done = run_python(
             "import sys; sys.modules.update(lightning=None)\n"

@@ -115,7 +115,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     "digits": {
         **{"arch": "resnet8", "dim": 64, "temperature": 0.3, "epochs": 40, "batch_size": 128},
         **{"optimizer": "adamw", "lr": 4e-3, "weight_decay": 1e-4, "warmup_epochs": 0},
-        **{"crop_min": 1.0, "jitter": 0.0, "blur": False, "neighbours": 1, "evaluate_every": 1},
+        **{"crop_min": 1.0, "jitter": 0.0, "blur": False, "neighbours": 1, "evaluate_every": 2},
     },
     "small": {
         **{"arch": "resnet50", "dim": 128, "epochs": 200, "batch_size": 512, "warmup_epochs": 10},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, fields
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -157,17 +158,13 @@ class Method(LightningModule):
         """What ``network`` makes of each view."""
         if not self.views_share_batch_norm:
             return [network(view) for view in views]
-        shapes = [view.shape if isinstance(view, Tensor) else None for view in views]
         found: list[Tensor] = []
-        while len(found) < len(views):
-            first = len(found)
-            end = first + 1
-            while shapes[first] is not None and end < len(views) and shapes[end] == shapes[first]:
-                end += 1
-            if end == first + 1:
-                found.append(network(views[first]))
+        for size, group in groupby(views, lambda view: view.shape if isinstance(view, Tensor) else None):
+            alike = list(group)
+            if size is None or len(alike) == 1:
+                found.extend(network(view) for view in alike)
             else:
-                found.extend(network(torch.cat(list(views[first:end]))).chunk(end - first))
+                found.extend(network(torch.cat(alike)).chunk(len(alike)))
         return found
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -20,7 +20,7 @@ from fastcl.train.methods import METHODS
 
 RESULTS = Path(__file__).parent / "results" / "cifar10-subset"
 SHARED = (
-    *("--limit=12000", "--image-size=16", "--arch=resnet8", "--epochs=10", "--batch-size=256"),
+    *("--limit=12000", "--image-size=16", "--arch=resnet8", "--epochs=8", "--batch-size=256"),
     *("--optimizer=adamw", "--lr=2e-3", "--weight-decay=1e-4", "--warmup-epochs=1", "--evaluate-every=2"),
 )
 OWN = {

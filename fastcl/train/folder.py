@@ -20,6 +20,7 @@ _MAY_CHANGE = {
     "out", "resume", "overwrite", "init", "epochs", "workers", "max_unreadable", "download_dir",
     "evaluate_every", "accelerator", "devices", "num_nodes", "precision",
 }  # fmt: skip
+_NEEDED = {"epoch", "global_step", "loops", "optimizer_states"}  # by Lightning, to resume
 _RESULTS = ("config.yaml", "metrics.csv")
 
 
@@ -99,7 +100,7 @@ class ResultsFolder:
     def _check_resumed(self) -> dict[str, Any]:
         checkpoint = checkpoints.read(self.checkpoint)
         trained = checkpoint.get("callbacks", {}).get("Monitor", {}).get("settings")
-        if trained is None:
+        if trained is None or not checkpoint.keys() >= _NEEDED:
             raise ValueError(f"{self.checkpoint} was not written by fastcl train: it cannot be resumed")
         for name, value in self.identity().items():
             if trained.get(name) != value:

@@ -19,7 +19,7 @@ def test_a_command_has_options_that_its_method_takes(method: str, tmp_path: Path
     assert (fastcl, train, name) == ("fastcl", "train", method)
     recipe = METHODS[method]
     settings = recipe.settings(**{**recipe.defaults("small"), **parse(method, options)})
-    assert (settings.epochs, settings.seed, settings.out) == (10, 3, tmp_path)
+    assert (settings.epochs, settings.seed, settings.out) == (8, 3, tmp_path)
 
 
 def test_the_table_has_what_training_gained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

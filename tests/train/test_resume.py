@@ -150,6 +150,11 @@ class TestResume:
         with pytest.raises(ValueError, match=r"out must hold a run of moco to resume, .* has simclr\.ckpt"):
             prepare("moco", out=tmp_path, epochs=1, resume=True, **SMALL)
         checkpoint = torch.load(tmp_path / "simclr.ckpt", weights_only=True)
+        optimizers = checkpoint.pop("optimizer_states")
+        torch.save(checkpoint, tmp_path / "simclr.ckpt")
+        with pytest.raises(ValueError, match="was not written by fastcl train: it cannot be resumed"):
+            prepare("simclr", out=tmp_path, epochs=1, resume=True, **SMALL)
+        checkpoint["optimizer_states"] = optimizers
         for name in ("encoder.0.weight", "projector.0.bias"):
             del checkpoint["state_dict"][name]
         torch.save(checkpoint, tmp_path / "simclr.ckpt")

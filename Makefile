@@ -18,7 +18,7 @@ NATIVE := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -nam
 .PHONY: demo test quick triton docs bench lint format asan tsan cuda-code clean
 
 demo: $(VENV)/.installed
-	$(BIN)/fastcl train simclr --data digits --out runs/digits
+	$(BIN)/fastcl train simclr --data digits --out runs/digits --overwrite
 	$(BIN)/python -m bench.demo
 
 test: $(VENV)/.installed

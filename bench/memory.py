@@ -38,10 +38,10 @@ def measure(case: Case, side: str) -> int:
         run()
     else:
         step(replace(case, rows=_WARM_UP_ROWS, keys=case.keys and _WARM_UP_KEYS), side)()
-    return _gpu_growth(run) if case.device != "cpu" else _process_growth(run)
+    return _gpu_growth(run) if case.device != "cpu" else process_growth(run)
 
 
-def _process_growth(run: Callable[[], object]) -> int:
+def process_growth(run: Callable[[], object]) -> int:
     # tensors straight from the kernel and back: free memory that malloc holds on to would hide growth
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)

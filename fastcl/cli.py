@@ -40,7 +40,6 @@ def _train(arguments: Sequence[str]) -> None:
         from fastcl.train.run import prepare
         from fastcl.train.stopping import RunStoppedError
 
-        *names, last = METHODS
         width = 2 + max(map(len, METHODS))
         parser = argparse.ArgumentParser(
             "fastcl train",
@@ -49,7 +48,7 @@ def _train(arguments: Sequence[str]) -> None:
             exit_on_error=False,
             epilog="methods:\n" + "\n".join(f"  {name:{width}} {x.summary}" for name, x in METHODS.items()),
         )
-        parser.add_argument("method", choices=METHODS, metavar="METHOD", help=f"{', '.join(names)} or {last}")
+        parser.add_argument("method", choices=METHODS, metavar="METHOD", help="one of those below")
         method = parser.parse_args(arguments[:1]).method  # what follows is the method's own, --help too
         run = prepare(method, **parse(method, arguments[1:]))
         try:

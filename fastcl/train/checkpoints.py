@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torchvision
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcl.train.encoders import RESNETS
 
@@ -79,20 +79,63 @@ def entries(state: Mapping[str, Tensor], prefix: str, *, without: str | None = N
     return {name: x for name, x in inner.items() if without is None or not name.startswith(without)}
 
 
-def read_moco(path: Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint in the layout of MoCo's official code, for :meth:`Method.load_moco`.
+def read_initial(path: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint to start from, of ``fastcl train`` or in MoCo's official layout.
 
     Returns:
-        The entries 'encoder_q.*' and, if there, 'encoder_k.*', 'queue' and 'queue_ptr'.
+        The entries 'encoder.*' and the rest of a method's; or, for :meth:`Method.load_moco`, 'encoder_q.*'
+        and, if there, 'encoder_k.*', 'queue' and 'queue_ptr'.
 
     Raises:
         ValueError: no such file, or another layout.
     """
     state = read(path)["state_dict"]
     state = {name.removeprefix("module."): x for name, x in state.items()}
-    if not entries(state, "encoder_q."):
-        raise ValueError(f"{path} is not in MoCo's official layout: it holds no 'module.encoder_q.*'")
+    if not (entries(state, "encoder.") or is_moco(state)):
+        raise ValueError(
+            f"{path} is neither of fastcl train nor in MoCo's official layout: it holds neither "
+            "'encoder.*' nor 'module.encoder_q.*'"
+        )
     return state
+
+
+def is_moco(state: Mapping[str, Tensor]) -> bool:
+    """Whether ``state`` is in the layout of MoCo's official code."""
+    return bool(entries(state, "encoder_q."))
+
+
+def load_own(state: Mapping[str, Tensor], module: nn.Module) -> None:
+    """Take all of ``state``, a method's, if ``module`` is of that method, else the encoder.
+
+    Raises:
+        ValueError: weights that ``module`` needs are missing or of another shape.
+    """
+    own = module.state_dict()
+    if not own.keys() ^ state.keys():
+        check_weights(state, own)
+        module.load_state_dict(state)
+    else:
+        encoder = entries(state, "encoder.")
+        check_weights(encoder, entries(own, "encoder."))
+        module.get_submodule("encoder").load_state_dict(encoder)
+
+
+def check_weights(state: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> None:
+    """Raise unless ``state`` has the names and shapes of ``needed``.
+
+    Raises:
+        ValueError: it does not.
+    """
+    for said, names in (
+        ("lacks", [name for name in needed if name not in state]),
+        ("has the unknown", [name for name in state if name not in needed]),
+    ):
+        if names:
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"it {said} weights {names[0]!r}{others}")
+    for name, x in needed.items():
+        if x.shape != state[name].shape:
+            raise ValueError(f"{name!r} is {tuple(state[name].shape)} in it, here {tuple(x.shape)}")
 
 
 def export(checkpoint: Path, out: Path) -> str:

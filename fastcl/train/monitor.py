@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,17 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import nn
 
-from fastcl.train.data.images import Images
-from fastcl.train.data.loader import Loader
-from fastcl.train.data.sources import Source
-from fastcl.train.evaluate.features import Features, embed
-from fastcl.train.evaluate.linear import evaluate_linear
-from fastcl.train.evaluate.neighbours import evaluate_neighbours
+from fastcl.train.evaluate.evaluation import LINEAR, Evaluation
+from fastcl.train.evaluate.features import Features
 from fastcl.train.evaluate.pictures import Row
 from fastcl.train.methods.base import Method
 
-_LOGGED = ("loss", "contrastive_top1", "alignment", "uniformity")
-_LINEAR = ("linear_top1", "linear_top1_10percent", "linear_top1_1percent")
-COLUMNS = ("epoch", "loss", "knn_top1", "knn_top1_few", *_LOGGED[1:], *_LINEAR)
+_PAIRS = ("contrastive_top1", "alignment", "uniformity", "center", "residual")
+_LOGGED = ("loss", *_PAIRS)
+_SHOWN = ("loss", "knn_top1", "knn_top1_few", *_PAIRS)
+COLUMNS = ("epoch", *_SHOWN, *LINEAR)
 
 
 class Monitor(Callback):
@@ -33,19 +31,17 @@ class Monitor(Callback):
     The rows are part of the checkpoint, so that a resumed run continues the file from there.
 
     Args:
-        source: the images; ``bank`` holds the neighbours of ``test``.
+        evaluation: of the encoder; None: there is none.
         path: of the CSV file; an older one is replaced.
-        neighbours: how many vote.
-        every: epochs between evaluations; the last epoch is always evaluated.
+        every: epochs between evaluations; the untrained encoder and the last epoch are always evaluated.
         settings: of the run, kept in the checkpoint.
     """
 
     def __init__(
-        self, source: Source, path: Path, *, neighbours: int, every: int, settings: Mapping[str, object]
+        self, evaluation: Evaluation | None, path: Path, *, every: int, settings: Mapping[str, object]
     ) -> None:
-        self.source = source
+        self.evaluation = evaluation
         self.path = path
-        self.neighbours = neighbours
         self.every = every
         self.settings = dict(settings)
         self.rows: list[Row] = []
@@ -57,43 +53,34 @@ class Monitor(Callback):
         self.rows = state_dict["rows"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
         if not self.rows:
-            self.rows.append({"epoch": 0, **self._neighbours(pl_module)})
-        self._write()
+            found = self._measured(pl_module, linear=True)
+            self.rows.append({"epoch": 0, **found})
+            for logger in trainer.loggers:
+                logger.log_metrics(found, step=0)
+        self._write(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        measured = trainer.callback_metrics  # on every rank: they are averaged over the ranks here
+        measured = trainer.callback_metrics  # averaged over the ranks here
         epoch = trainer.current_epoch + 1
         row = {"epoch": epoch} | {name: measured[name].item() for name in _LOGGED if name in measured}
-        if not trainer.is_global_zero:
-            return
-        if epoch % self.every == 0 or epoch == trainer.max_epochs:
-            found = self._neighbours(pl_module)
+        last = epoch == trainer.max_epochs
+        if last or (self.every and epoch % self.every == 0):
+            found = self._measured(pl_module, linear=last)
             pl_module.log_dict(found, prog_bar=True, rank_zero_only=True)
             row.update(found)
         self.rows.append(row)
-        self._write()
+        self._write(trainer)
 
-    def finish(self, method: Method, device: torch.device) -> Features:
-        """Add the linear classifiers' accuracies to the last row; the features of the test images."""
-        method.to(device)
-        bank, queries = self._embed(method, self.source.bank), self._embed(method, self.source.test)
-        self.rows[-1].update(evaluate_linear(bank, queries))
-        self._write()
-        return queries
-
-    def _neighbours(self, module: LightningModule) -> Mapping[str, float]:
-        bank, queries = self._embed(module, self.source.bank), self._embed(module, self.source.test)
-        return evaluate_neighbours(bank, queries, self.neighbours)
-
-    def _embed(self, module: LightningModule, images: Images) -> Features:
-        batches = Loader(images, 512, self.source.unreadable)
+    def _measured(self, module: LightningModule, *, linear: bool) -> Row:
         assert isinstance(module, Method)
-        return embed(module.encoder, batches, self.source.normalize, module.device)
+        if self.evaluation is None:
+            return {}
+        return self.evaluation.measure(module.encoder, module.device, linear=linear)
 
-    def _write(self) -> None:
+    def _write(self, trainer: Trainer) -> None:
+        if not trainer.is_global_zero:
+            return
         text = StringIO()
         writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
@@ -101,6 +88,22 @@ class Monitor(Callback):
         written = self.path.with_name(f".{self.path.name}")
         written.write_text(text.getvalue())
         os.replace(written, self.path)
+
+
+class EpochFeatures(Callback):
+    """Calls a method's :meth:`~Method.begin_epoch`, if it has one, with features of the training samples.
+
+    Args:
+        features: of an encoder on a device, this rank's share, a batch at a time.
+    """
+
+    def __init__(self, features: Callable[[nn.Module, torch.device], Iterator[Features]]) -> None:
+        self.features = features
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Method)
+        if type(pl_module).begin_epoch is not Method.begin_epoch:
+            pl_module.begin_epoch(self.features(pl_module.encoder, pl_module.device))
 
 
 class SeedEpochs(Callback):
@@ -124,7 +127,7 @@ class Lines(Callback):
         epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs or 0
         if trainer.is_global_zero and (epoch == epochs or epoch % max(1, epochs // 10) == 0):
             row = self.monitor.rows[-1]
-            values = "  ".join(f"{name} {row[name]:.3f}" for name in COLUMNS[1:] if name in row)
+            values = "  ".join(f"{name} {row[name]:.3f}" for name in _SHOWN if name in row)
             print(f"epoch {epoch}/{epochs}  {values}", flush=True)
 
 

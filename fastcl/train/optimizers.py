@@ -1,4 +1,4 @@
-"""The optimizer of a run and its schedule."""
+"""The optimizer of a run and its schedules."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from fastcl.similarity.checks import check_choice
+from fastcl.train.schedules import Cosine, Value, value_at
 
 _TIMM_NAMES = {"lars": "lars", "sgd": "momentum", "adamw": "adamw"}
 
@@ -22,8 +22,8 @@ class Optimization:
         name: 'lars' (You et al. 2017, https://arxiv.org/abs/1708.03888; biases and batch-norm parameters
             are neither adapted nor decayed), 'sgd' or 'adamw'.
         lr: the highest learning rate.
-        weight_decay: of the optimizer.
-        warmup_epochs: epochs until the learning rate is at its highest.
+        weight_decay: of the optimizer; a number, or a schedule of it.
+        warmup_epochs: epochs until the learning rate is at its highest; none if training has no more.
 
     Raises:
         ValueError: an unknown name.
@@ -31,27 +31,42 @@ class Optimization:
 
     name: str = "sgd"
     lr: float = 0.03
-    weight_decay: float = 1e-4
+    weight_decay: Value = 1e-4
     warmup_epochs: int = 0
 
     def __post_init__(self) -> None:
         check_choice("optimizer", self.name, tuple(_TIMM_NAMES))
 
-    def configure(
-        self, module: nn.Module, epochs: int, steps_per_epoch: int
-    ) -> tuple[torch.optim.Optimizer, LRScheduler]:
-        """The optimizer of the module's trainable parameters, and its schedule in steps."""
-        optimizer = create_optimizer_v2(
+    def configure(self, module: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of the module's trainable parameters, before :meth:`set_rates`."""
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
             module,
             _TIMM_NAMES[self.name],
             self.lr,
-            self.weight_decay,
+            1.0,  # stands for the weight decay, which set_rates gives to the groups that have any
             momentum=0.9,
             filter_bias_and_bn=self.name == "lars",
         )
-        steps, warmup = epochs * steps_per_epoch, self.warmup_epochs * steps_per_epoch
-        cosine = CosineAnnealingLR(optimizer, max(1, steps - warmup))
-        if not 0 < warmup < steps:
-            return optimizer, cosine
-        linear = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup)
-        return optimizer, SequentialLR(optimizer, [linear, cosine], milestones=[warmup])
+        for group in optimizer.param_groups:
+            group["is_decayed"] = bool(group["weight_decay"])
+        self.set_rates(optimizer, 0, 1, 1)
+        return optimizer
+
+    def set_rates(
+        self, optimizer: torch.optim.Optimizer, step: int, steps: int, steps_per_epoch: int
+    ) -> float:
+        """Give ``optimizer`` the rates of one of ``steps``; returns the learning rate."""
+        lr = self.lr * _share_of_lr(step, steps, self.warmup_epochs * steps_per_epoch)
+        decay = value_at(self.weight_decay, step / steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = decay if group["is_decayed"] else 0.0
+        return lr
+
+
+def _share_of_lr(step: int, steps: int, warmup: int) -> float:
+    if not 0 < warmup < steps:
+        warmup = 0
+    if step < warmup:
+        return (1 + (warmup - 1) * step / warmup) / warmup
+    return Cosine(1.0, 0.0).at((step - warmup) / max(1, steps - warmup))

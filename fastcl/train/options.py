@@ -6,13 +6,13 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
-import jsonargparse
 import yaml
 
 from fastcl.train.data.choice import kind
 from fastcl.train.methods import METHODS
+from fastcl.train.ranges import described, is_flag
 from fastcl.train.settings import KINDS, Settings
 
 # the name in --batch_size or --batch_size=64, as YAML and Python spell --batch-size
@@ -20,61 +20,69 @@ _OPTION = re.compile(r"(?<=^--)[^=]+")
 
 
 def parse(method: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """The options of ``method`` that ``arguments`` give, with the recipe's defaults for the others.
+    """The options of ``method`` that ``arguments`` give, or the file that they name.
 
     Raises:
-        argparse.ArgumentError, ValueError: an unknown option, or a value it cannot have.
+        argparse.ArgumentError, ValueError: an unknown option, or one without its value.
         SystemExit: after --help.
     """
     arguments = [_OPTION.sub(lambda option: option[0].replace("_", "-"), text) for text in arguments]
-    if "--resume" in arguments:
-        arguments[arguments.index("--resume")] = "--resume=true"
-    parser = _parser(method, kind(_data(arguments)))
-    options = parser.parse_args(arguments)
-    return {field.name: _plain(options[field.name]) for field in fields(METHODS[method].settings)}
+    options = _from_file(method, arguments)
+    data = _first(arguments, "data") or options.get("data") or Settings.data
+    given, unknown = _parser(method, kind(str(data))).parse_known_args(arguments)
+    if unknown:
+        raise ValueError(f"unrecognized arguments: {' '.join(unknown)}")
+    options.update(vars(given))
+    options.pop("config", None)
+    return options
 
 
-def _plain(value: Any) -> Any:
-    """Without jsonargparse's types of restricted numbers, which neither YAML nor a checkpoint takes."""
-    return next((plain(value) for plain in (bool, int, float) if isinstance(value, plain)), value)
-
-
-def _data(arguments: Sequence[str]) -> str:
-    """What --data is, on the command line or in the file: the other defaults depend on it."""
+def _first(arguments: Sequence[str], name: str) -> str | None:
+    """The value of one option, which the others' defaults depend on."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--data")
-    parser.add_argument("--config")
-    known, _ = parser.parse_known_args(arguments)
-    if known.data is None and known.config is not None:
-        try:
-            with open(known.config) as file:
-                content = yaml.safe_load(file)
-        except (OSError, yaml.YAMLError) as error:
-            raise ValueError(f"config must be a YAML file, got {known.config}: {error}") from error
-        known.data = content.get("data") if isinstance(content, dict) else None
-    return str(known.data or Settings.data)
+    parser.add_argument(f"--{name}")
+    value: str | None = getattr(parser.parse_known_args(arguments)[0], name)
+    return value
 
 
-def _parser(method: str, kind_of_data: str) -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(
+def _from_file(method: str, arguments: Sequence[str]) -> dict[str, Any]:
+    config = _first(arguments, "config")
+    if config is None:
+        return {}
+    try:
+        with open(config) as file:
+            content = yaml.safe_load(file)
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"config must be a YAML file, got {config}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"config must be a YAML file of options, got {config}")
+    known = {field.name for field in fields(METHODS[method].settings)}
+    unknown = [str(name) for name in content if name not in known]
+    if unknown:
+        raise ValueError(f"config must hold options of {method}, got {unknown[0]!r} in {config}")
+    return content
+
+
+def _parser(method: str, kind_of_data: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
         f"fastcl train {method}",
         exit_on_error=False,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
         description="Writes metrics.csv, TensorBoard's files, curves.png, embedding.png, times.json, "
         f"config.yaml and {method}.ckpt. Defaults are those for --data, here {kind_of_data} images.",
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of these options.")
+    parser.add_argument("--config", help="YAML file with any of these options.")
     settings = METHODS[method].settings
     recipes = {of: METHODS[method].defaults(of) for of in KINDS}
     types = get_type_hints(settings, include_extras=True)
     for field in fields(settings):
         values = [recipe[field.name] for recipe in recipes.values()]
-        type_, help = get_args(types[field.name])
+        help = described(types[field.name])
         if any(value != values[0] for value in values):
             help += f" ({', '.join(f'{of}: {value}' for of, value in zip(KINDS, values, strict=True))})"
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=type_,
-            default=recipes[kind_of_data][field.name],
-            help=help.replace("%", "%%"),
-        )
+        help += f" (default: {recipes[kind_of_data][field.name]})"
+        flag: dict[str, Any] = {"nargs": "?", "const": True} if is_flag(types[field.name]) else {}
+        name = field.name.replace("_", "-")
+        parser.add_argument(f"--{name}", metavar=name.upper(), help=help.replace("%", "%%"), **flag)
     return parser

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
+import os
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.distributed import is_torchelastic_launched
 
 from fastcl.similarity.checks import check_choice
 from fastcl.train import checkpoints
@@ -28,19 +29,21 @@ from fastcl.train.data.choice import kind, load
 from fastcl.train.data.loader import Loader
 from fastcl.train.data.sources import Source
 from fastcl.train.encoders import make_encoder
-from fastcl.train.evaluate.pictures import draw_curves, draw_embedding
+from fastcl.train.evaluate.evaluation import Evaluation
+from fastcl.train.evaluate.features import Features, joined
+from fastcl.train.evaluate.pictures import draw_curves, draw_embedding, evenly
+from fastcl.train.folder import ResultsFolder
 from fastcl.train.methods import METHODS
 from fastcl.train.methods.base import Method
-from fastcl.train.monitor import Bar, Lines, Monitor, SeedEpochs
+from fastcl.train.monitor import Bar, EpochFeatures, Lines, Monitor, SeedEpochs
 from fastcl.train.optimizers import Optimization
+from fastcl.train.schedules import scheduled
 from fastcl.train.settings import Settings
 from fastcl.train.stopping import CleanStop
 from fastcl.train.times import StepTimes
 
-_MAY_CHANGE = {
-    "out", "resume", "init", "workers", "max_unreadable", "download_dir", "evaluate_every",
-    "accelerator", "devices", "precision",
-}  # fmt: skip
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+_LOGGED_EVERY = 10  # steps, for TensorBoard
 
 
 def prepare(method: str, **options: Any) -> Run:
@@ -68,6 +71,7 @@ class Run:
     Attributes:
         name: of the method.
         settings: its options.
+        folder: of the results.
         source: the images.
         method: what is trained; its ``encoder`` is what is evaluated.
 
@@ -80,42 +84,45 @@ class Run:
 
     def __post_init__(self) -> None:
         settings = self.settings
-        _check_folder(settings.out)
+        _check_precision(settings)
+        _check_processes(settings)
+        self.folder = ResultsFolder(self.name, settings)
         optimization = _optimization(settings)
-        initial = None if settings.init is None else checkpoints.read_moco(settings.init)
-        self.checkpoint = settings.out / f"{self.name}.ckpt"
-        self.resumes = settings.resume and self.checkpoint.exists()
-        if self.resumes:
-            self._check_resumed()
+        initial = None if settings.init is None else checkpoints.read_initial(settings.init)
         self.source = load(settings)
         _check_batches(settings, self.source)
         seed_everything(settings.seed, verbose=False)
         self.method = _method(self.name, settings, self.source, optimization)
+        if self.method.needs_labels and not self.source.classes:
+            raise ValueError(f"data must have labels for {self.name}, {settings.data} has none")
         if initial is not None:
-            try:
-                self.method.load_moco(initial)
-            except (RuntimeError, ValueError) as error:
-                reason = " ".join(str(error).split())
-                raise ValueError(f"init must fit this run, {settings.init} does not: {reason}") from error
+            _initialize(self.method, initial, settings.init)
+        self.folder.check_weights(self.method.state_dict())
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the run goes on from a checkpoint."""
+        return self.folder.resumes
 
     def fit(self) -> None:
         """Train, evaluating on the way, and write the results.
 
         Raises:
-            RunStoppedError: by a signal, a full disk or too many unreadable images; :meth:`fit` of the same
-                settings with ``resume=True`` goes on from the last checkpoint.
+            RunStoppedError: by a signal, a full disk, too many unreadable images or a diverging loss;
+                :meth:`fit` of the same settings with ``resume=True`` goes on from the last checkpoint.
         """
         settings, times = self.settings, StepTimes()
+        evaluation = Evaluation(self.source, settings.neighbours)
         monitor = Monitor(
-            self.source,
+            evaluation if settings.evaluate_every and self.source.test is not None else None,
             settings.out / "metrics.csv",
-            neighbours=settings.neighbours,
             every=settings.evaluate_every,
-            settings=self._identity(),
+            settings=self.folder.identity(),
         )
         with _quiet_lightning():
-            stop = CleanStop(self.checkpoint)
-            trainer = self._trainer(monitor, times, stop)
+            stop = CleanStop(self.folder.checkpoint)
+            features = EpochFeatures(partial(_bank_features, evaluation))
+            trainer = self._trainer([stop, features, monitor], times)
             batches = Loader(
                 self.source.train,
                 settings.batch_size // trainer.world_size,
@@ -126,53 +133,39 @@ class Run:
             )
             with stop.guard(trainer):
                 if trainer.is_global_zero:
-                    self._prepare_folder()
+                    self.folder.prepare()
+                    trainer.loggers[0].log_hyperparams(self.folder.options())
                 trainer.fit(
                     self.method,
                     batches,
-                    ckpt_path=self.checkpoint if self.resumes else None,
+                    ckpt_path=self.folder.checkpoint if self.resumes else None,
                     weights_only=True,
                 )
                 if trainer.is_global_zero:
-                    self._finish(trainer, monitor, times)
+                    self._finish(evaluation, monitor, times, trainer.strategy.root_device)
 
-    def _identity(self) -> dict[str, object]:
-        """What a checkpoint must have in common with the run that resumes it."""
-        options = {name: value for name, value in asdict(self.settings).items() if name not in _MAY_CHANGE}
-        return {"method": self.name, **options}
-
-    def _check_resumed(self) -> None:
-        checkpoint = checkpoints.read(self.checkpoint)
-        trained = checkpoint.get("callbacks", {}).get("Monitor", {}).get("settings")
-        if trained is None:
-            raise ValueError(f"{self.checkpoint} was not written by fastcl train: it cannot be resumed")
-        for name, value in self._identity().items():
-            if trained.get(name) != value:
-                raise ValueError(
-                    f"{name} must be {trained.get(name)!r} as in {self.checkpoint} to resume it, "
-                    f"got {value!r}"
-                )
-
-    def _trainer(self, monitor: Monitor, times: StepTimes, stop: CleanStop) -> Trainer:
+    def _trainer(self, callbacks: list[Callback], times: StepTimes) -> Trainer:
         settings, terminal = self.settings, sys.stdout.isatty()
-        several = settings.devices > 1
-        cpu = settings.accelerator == "cpu" or not torch.cuda.is_available()
+        several = settings.processes > 1
         saving = ModelCheckpoint(settings.out, filename=self.name, enable_version_counter=False)
+        monitor = next(callback for callback in callbacks if isinstance(callback, Monitor))
         progress = Bar() if terminal else Lines(monitor)
         try:
             return Trainer(
                 max_epochs=settings.epochs,
                 accelerator=settings.accelerator,
                 devices=settings.devices,
+                num_nodes=settings.num_nodes,
                 precision=settings.precision,  # type: ignore[arg-type]
                 # each rank keeps its own running statistics; rank 0's are saved
                 strategy=DDPStrategy(broadcast_buffers=False) if several else "auto",
                 # PyTorch's synchronized batch normalization needs a GPU
-                sync_batchnorm=several and not cpu and self.method.synchronizes_batch_norm,
+                sync_batchnorm=several and not _on_cpu(settings) and self.method.synchronizes_batch_norm,
                 use_distributed_sampler=False,
                 plugins=[checkpoints.AtomicCheckpointIO()],
-                callbacks=[SeedEpochs(settings.seed), stop, monitor, saving, progress],
+                callbacks=[SeedEpochs(settings.seed), *callbacks, saving, progress],
                 logger=TensorBoardLogger(settings.out, name="tensorboard", version=""),
+                log_every_n_steps=_LOGGED_EVERY,
                 profiler=times,
                 enable_progress_bar=terminal,
                 enable_model_summary=False,
@@ -180,62 +173,91 @@ class Run:
         except (MisconfigurationException, ValueError) as error:
             raise ValueError(" ".join(str(error).split())) from error
 
-    def _prepare_folder(self) -> None:
-        """Without an older run's results, unless this one continues them."""
-        if not self.resumes:
-            self.checkpoint.unlink(missing_ok=True)
-            shutil.rmtree(self.settings.out / "tensorboard", ignore_errors=True)
-            if self.settings.resume:
-                print(f"no checkpoint in {self.settings.out} yet: starting from the beginning")
-        options = {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in asdict(self.settings).items()
-            if name != "resume"
-        }
-        (self.settings.out / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
-
-    def _finish(self, trainer: Trainer, monitor: Monitor, times: StepTimes) -> None:
-        out, rows = self.settings.out, monitor.rows
-        features = monitor.finish(self.method, trainer.strategy.root_device)
+    def _finish(
+        self, evaluation: Evaluation, monitor: Monitor, times: StepTimes, device: torch.device
+    ) -> None:
+        out, rows, source = self.settings.out, monitor.rows, self.source
         name, epochs = type(self.method).__name__, self.settings.epochs
-        title = f"{name}, {epochs} epochs, {len(self.source.train)} training images"
+        title = f"{name}, {epochs} epochs, {len(source.train)} training images"
         draw_curves(rows, out / "curves.png", title)
-        draw_embedding(features, out / "embedding.png", title)
-        for metric in ("knn_top1", "knn_top1_few"):
-            print(f"{metric:12} {rows[0][metric]:.3f} -> {rows[-1][metric]:.3f}")
-        linear = [rows[-1][f"linear_top1{labels}"] for labels in ("", "_10percent", "_1percent")]
-        print("linear_top1  {:.3f}, of 10% of the labels {:.3f}, of 1% {:.3f}".format(*linear))
+        written = ["metrics.csv", "curves.png"]
+        if self.settings.evaluate_every:
+            self.method.to(device)
+            images = source.test or source.bank
+            drawn = evaluation.features(self.method.encoder, images, device, evenly(len(images)).tolist())
+            draw_embedding(joined(drawn), source.classes, out / "embedding.png", title)
+            written.append("embedding.png")
+        for name in ("knn_top1", "knn_top1_few", "linear_top1"):
+            if monitor.evaluation is not None:
+                print(f"{name:12} {rows[0][name]:.3f} -> {rows[-1][name]:.3f}")
         if times.steps:
             (out / "times.json").write_text(json.dumps(times.milliseconds(), indent=1) + "\n")
             print(times.summary())
-        names = ("metrics.csv", "curves.png", "embedding.png", self.checkpoint.name)
-        print(f"wrote {', '.join(str(out / name) for name in names)}")
+        written.append(self.folder.checkpoint.name)
+        print(f"wrote {', '.join(str(out / name) for name in written)}")
 
 
-def _check_folder(out: Path) -> None:
+def _bank_features(evaluation: Evaluation, encoder: nn.Module, device: torch.device) -> Iterator[Features]:
+    return evaluation.features(encoder, evaluation.source.bank, device)
+
+
+def _on_cpu(settings: Settings) -> bool:
+    return settings.accelerator == "cpu" or not torch.cuda.is_available()
+
+
+def _check_precision(settings: Settings) -> None:
+    check_choice("precision", settings.precision, _PRECISIONS)
+    if settings.precision == "16-mixed" and _on_cpu(settings):
+        raise ValueError("precision must be '32-true' or 'bf16-mixed' on a CPU, got '16-mixed'")
+
+
+def _check_processes(settings: Settings) -> None:
+    launched = os.environ.get("WORLD_SIZE") if is_torchelastic_launched() else None
+    if launched is not None and int(launched) != settings.processes:
+        raise ValueError(
+            f"num_nodes * devices must be the {launched} processes of torchrun, got {settings.num_nodes} * "
+            f"{settings.devices}"
+        )
+    if settings.num_nodes > 1 and not {"MASTER_ADDR", "SLURM_JOB_ID"} & set(os.environ):
+        raise ValueError(
+            f"num_nodes must be 1 unless torchrun starts the processes, got {settings.num_nodes}: "
+            f"torchrun --nnodes={settings.num_nodes} ... fastcl train ..."
+        )
+
+
+def _initialize(method: Method, state: Mapping[str, Tensor], path: Path | None) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise ValueError(f"out must be a folder to write to, got {out}: {error.strerror}") from error
+        if checkpoints.is_moco(state):
+            method.load_moco(state)
+        else:
+            checkpoints.load_own(state, method)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"init must fit this run, {path} does not: {reason}") from error
 
 
 def _check_batches(settings: Settings, source: Source) -> None:
-    available, smallest = len(source.train), 2 * settings.devices
+    available, smallest = len(source.train), 2 * settings.processes
     if not smallest <= settings.batch_size <= available:
         raise ValueError(
             f"batch_size must be between {smallest} and {available}, the number of training images, "
             f"got {settings.batch_size}"
         )
-    if settings.batch_size % settings.devices != 0:
+    if settings.batch_size % settings.processes != 0:
         raise ValueError(
-            f"batch_size must be a multiple of devices = {settings.devices}, got {settings.batch_size}"
+            f"batch_size must be a multiple of the {settings.processes} processes, got {settings.batch_size}"
+        )
+    own, chunk = settings.batch_size // settings.processes, settings.encode_chunk
+    if chunk is not None and (chunk < 2 or own % chunk != 0):
+        raise ValueError(
+            f"encode_chunk must be at least 2 and divide a process's batch of {own} images, got {chunk}"
         )
 
 
 def _optimization(settings: Settings) -> Optimization:
     lr = settings.lr * settings.batch_size / 256
-    return Optimization(settings.optimizer, lr, settings.weight_decay, settings.warmup_epochs)
+    decay = scheduled(settings.weight_decay, settings.weight_decay_end)
+    return Optimization(settings.optimizer, lr, decay, settings.warmup_epochs)
 
 
 def _method(name: str, settings: Settings, source: Source, optimization: Optimization) -> Method:
@@ -244,15 +266,10 @@ def _method(name: str, settings: Settings, source: Source, optimization: Optimiz
     )
     trainer = METHODS[name].trainer
     make: Callable[..., Method] = trainer
-    return make(
-        encoder,
-        features,
-        source.augment,
-        dim=settings.dim,
-        temperature=settings.temperature,
-        optimization=optimization,
-        **trainer.own_options(settings),
-    )
+    own = trainer.own_options(settings)
+    method = make(encoder, features, source.augment, dim=settings.dim, optimization=optimization, **own)
+    method.encode_chunk = settings.encode_chunk
+    return method
 
 
 @contextmanager

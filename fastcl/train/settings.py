@@ -3,56 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
-from jsonargparse.typing import (
+from fastcl.train.ranges import (
     ClosedUnitInterval,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    checked,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What every method has in common; what has no default here has the recipe's."""
+    """What every method has in common; what has no default here has the recipe's.
+
+    Values may be of the option's type or, as on the command line, texts.
+
+    Raises:
+        ValueError: a value that an option cannot have.
+    """
 
     data: Annotated[
         str,
-        "Images: 'digits', 'cifar10', 'fashion-mnist', a folder with train/ and test/ that hold a "
-        "folder of images per class, or a folder with Fashion-MNIST's IDX files.",
+        "Images: 'digits', 'cifar10', 'fashion-mnist'; a folder with train/ and test/ or val/ that hold a "
+        "folder of images per class, or any tree of images without labels; a folder with Fashion-MNIST's "
+        "IDX files.",
     ] = "digits"
-    out: Annotated[Path, "Folder for the results, created if needed; an older run's in it are replaced."] = (
-        Path("runs/latest")
-    )
-    resume: Annotated[bool, "Go on from the last checkpoint in the output folder, if there is one."] = False
+    out: Annotated[Path, "Folder for the results, created if needed."] = Path("runs/latest")
+    resume: Annotated[
+        bool, "Go on from the last checkpoint in the output folder, if there is one; epochs may have grown."
+    ] = False
+    overwrite: Annotated[bool, "Replace an older run in the output folder."] = False
     init: Annotated[
         Path | None,
-        "Checkpoint in MoCo's official layout to start from: the encoder, for MoCo also heads and queue.",
+        "Checkpoint to start from, of fastcl train or in MoCo's official layout: all of it for the same "
+        "method, else the encoder.",
     ] = None
     arch: Annotated[
-        str, "Encoder: resnet18, 34, 50, 101, 152, wide_resnet50_2; resnet8, 14, 20 for tiny images."
+        str,
+        "Encoder: resnet18, 34, 50, 101, 152, wide_resnet50_2, vit_small, vit_base; resnet8, 14, 20 and "
+        "vit_tiny for tiny images.",
     ]
-    width: Annotated[PositiveInt, "Channels of the first stage of resnet8, 14 and 20."] = 32
+    width: Annotated[
+        PositiveInt, "Channels of the first stage of resnet8, 14 and 20; a quarter of vit_tiny's."
+    ] = 32
     image_size: Annotated[
         PositiveInt | None, "Side of the images; null: up to 64 pixels the images' own, 224 for larger ones."
     ] = None
     dim: Annotated[PositiveInt, "Width of the projection, on which the loss is computed."]
-    temperature: Annotated[PositiveFloat, "Temperature of the loss."]
     epochs: Annotated[PositiveInt, "Passes over the training images."]
     batch_size: Annotated[PositiveInt, "Images per step, over all processes."]
+    encode_chunk: Annotated[
+        PositiveInt | None,
+        "Images per process that are encoded at a time, so that larger batches fit; null: all.",
+    ] = None
     optimizer: Annotated[str, "'lars', 'sgd' or 'adamw', with a cosine schedule."]
     lr: Annotated[PositiveFloat, "Highest learning rate, per 256 images of the batch."]
-    weight_decay: Annotated[NonNegativeFloat, "Weight decay."]
+    weight_decay: Annotated[NonNegativeFloat, "Weight decay, at the start."]
+    weight_decay_end: Annotated[NonNegativeFloat | None, "At the end; null: constant."] = None
     warmup_epochs: Annotated[NonNegativeInt, "Epochs in which the learning rate rises."]
     crop_min: Annotated[ClosedUnitInterval, "Smallest share of an image in a crop (not for digits)."]
     jitter: Annotated[NonNegativeFloat, "Strength of the colour jitter (not for digits)."]
     blur: Annotated[bool, "Blur half of the views (not for digits)."]
+    small_crops: Annotated[
+        NonNegativeInt, "Views besides the usual two, of a small part of the image (not for digits)."
+    ] = 0
+    small_crop_size: Annotated[PositiveInt | None, "Side of those; null: 3/7 of the image's."] = None
     neighbours: Annotated[PositiveInt, "Neighbours that vote in the nearest-neighbour evaluation."]
-    evaluate_every: Annotated[PositiveInt, "Epochs between evaluations."]
+    evaluate_every: Annotated[NonNegativeInt, "Epochs between evaluations; 0: none, not even at the end."]
     limit: Annotated[
         PositiveInt | None,
         "At most this many training images and as many test images, evenly of all classes.",
@@ -61,9 +83,31 @@ class Settings:
     max_unreadable: Annotated[NonNegativeInt, "Unreadable image files to skip before giving up."] = 10
     download_dir: Annotated[Path, "Folder for downloads of 'cifar10' and 'fashion-mnist'."] = Path("data")
     accelerator: Annotated[str, "Lightning's: 'auto', 'cpu', 'gpu'."] = "auto"
-    devices: Annotated[PositiveInt, "Processes, each on a device of its own."] = 1
+    devices: Annotated[PositiveInt, "Processes on this machine, each on a device of its own."] = 1
+    num_nodes: Annotated[
+        PositiveInt, "Machines, each with as many processes; start one on each with torchrun."
+    ] = 1
     precision: Annotated[str, "Lightning's: '32-true', 'bf16-mixed', '16-mixed'."] = "32-true"
     seed: Annotated[NonNegativeInt, "Seed of the initial weights, the batches and the views."] = 0
+
+    def __post_init__(self) -> None:
+        types = get_type_hints(type(self), include_extras=True)
+        for field in fields(self):
+            value = checked(field.name, types[field.name], getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+
+    @property
+    def processes(self) -> int:
+        """On all machines."""
+        return self.devices * self.num_nodes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveSettings(Settings):
+    """Those of methods whose loss has a temperature."""
+
+    temperature: Annotated[PositiveFloat, "Temperature of the loss, at the start."]
+    temperature_end: Annotated[PositiveFloat | None, "At the end; null: constant."] = None
 
 
 # the kinds of images, and the defaults for each that methods have in common
@@ -71,7 +115,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     "digits": {
         **{"arch": "resnet8", "dim": 64, "temperature": 0.3, "epochs": 40, "batch_size": 128},
         **{"optimizer": "adamw", "lr": 4e-3, "weight_decay": 1e-4, "warmup_epochs": 0},
-        **{"crop_min": 1.0, "jitter": 0.0, "blur": False, "neighbours": 1, "evaluate_every": 1},
+        **{"crop_min": 1.0, "jitter": 0.0, "blur": False, "neighbours": 1, "evaluate_every": 2},
     },
     "small": {
         **{"arch": "resnet50", "dim": 128, "epochs": 200, "batch_size": 512, "warmup_epochs": 10},

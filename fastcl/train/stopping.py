@@ -6,21 +6,29 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from torch import Tensor
 
 from fastcl.train.data.images import TooManyUnreadableError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_LOOKED_AT_EVERY = 50  # steps
 
 
 class RunStoppedError(Exception):
     """A run ended before its last epoch; the message says why and what is left of it."""
 
 
+class _DivergedError(Exception):
+    """A loss that is no finite number."""
+
+
 class CleanStop(Callback):
-    """Turns SIGINT, SIGTERM, a full disk and unreadable images into :class:`RunStoppedError`.
+    """Turns signals, a full disk, unreadable images and a diverging loss into :class:`RunStoppedError`.
 
     Args:
         checkpoint: the file that a resumed run goes on from.
@@ -29,17 +37,37 @@ class CleanStop(Callback):
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
         self.received: signal.Signals | None = None
+        self._finite: Tensor | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals back: Lightning's handler waits for the other ranks, which may never answer."""
         self._install(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the loss, on all ranks: a GPU and other ranks are waited for in every 50th step only."""
+        finite = outputs["loss"].isfinite().all()
+        self._finite = finite if self._finite is None else self._finite & finite
+        waits = trainer.world_size > 1 or finite.is_cuda
+        last = batch_idx + 1 == trainer.num_training_batches
+        if waits and batch_idx % _LOOKED_AT_EVERY and not last:
+            return
+        flag = self._finite.float()
+        if trainer.world_size > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MIN)
+        if not flag.item():
+            raise _DivergedError(
+                f"a loss that is no finite number by step {batch_idx + 1} of epoch "
+                f"{trainer.current_epoch + 1}"
+            )
 
     @contextmanager
     def guard(self, trainer: Trainer) -> Iterator[None]:
         """What happens inside ends cleanly.
 
         Raises:
-            RunStoppedError: by a signal, a full disk or too many unreadable images.
+            RunStoppedError: by a signal, a full disk, too many unreadable images or a diverging loss.
         """
         previous = {number: signal.getsignal(number) for number in _SIGNALS}
         self._install(trainer)
@@ -50,9 +78,12 @@ class CleanStop(Callback):
                 raise
             _end_other_ranks(trainer)
             raise RunStoppedError(self._message(f"by {self.received.name}")) from error
-        except (OSError, TooManyUnreadableError) as error:
+        except (OSError, TooManyUnreadableError, _DivergedError) as error:
             _end_other_ranks(trainer)
-            raise RunStoppedError(self._message(f"by an error: {error}")) from error
+            if isinstance(error, _DivergedError) and not trainer.is_global_zero:
+                raise SystemExit(1) from error  # the first rank says it
+            cause = f"by {error}" if isinstance(error, _DivergedError) else f"by an error: {error}"
+            raise RunStoppedError(self._message(cause)) from error
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -73,12 +74,58 @@ class TestSources:
         tree = make_tree(tmp_path / "tree", 96)
         options = TINY | {"image_size": 72, "workers": 1}
         run = prepare("moco", data=str(tree), out=tmp_path / "out", **options, queue_size=16)
-        (first, second), labels = next(iter(Loader(run.source.train, 4, Unreadable(0), seed=0)))
+        (first, second), labels, indices = next(iter(Loader(run.source.train, 4, Unreadable(0), seed=0)))
+        assert labels.tolist() == [index // 8 for index in indices.tolist()]
         assert first.shape == second.shape == (4, 3, 72, 72)
         assert labels.shape == (4,)
         assert not first.equal(second)
         run.fit()
         assert "curves.png" in {file.name for file in (tmp_path / "out").iterdir()}
+
+    def test_imagenets_val_is_for_testing(self, tmp_path: Path) -> None:
+        tree = make_tree(tmp_path / "tree", 8)
+        (tree / "test").rename(tree / "val")
+        source = prepare("simclr", data=str(tree), out=tmp_path / "out", **TINY).source
+        assert source.test is not None
+        assert len(source.test) == 16
+        assert source.classes == ("cat", "dog")
+
+    @pytest.mark.parametrize("size", [8, 96])
+    def test_any_tree_is_trained_on_without_labels(self, size: int, tmp_path: Path) -> None:
+        tree = make_tree(tmp_path / "tree", size)
+        (tree / "train").rename(tree / "photos")
+        (tree / "test").rename(tree / "photos" / "more")
+        run = prepare("simclr", data=str(tree), out=tmp_path / "out", **TINY, image_size=min(size, 72))
+        assert run.source.test is None
+        assert run.source.classes == ()
+        assert run.source.train.labels.tolist() == [-1] * 32
+        run.fit()
+        header, first, last = (tmp_path / "out" / "metrics.csv").read_text().splitlines()
+        assert first == "0" + "," * header.count(",")
+        values = dict(zip(header.split(","), last.split(","), strict=True))
+        assert float(values["loss"]) > 0
+        assert values["knn_top1"] == values["linear_top1"] == ""
+        assert (tmp_path / "out" / "embedding.png").exists()
+        with pytest.raises(ValueError, match="data must have labels for supcon"):
+            prepare("supcon", data=str(tree), out=tmp_path / "new", **TINY)
+
+    def test_training_images_alone_have_labels_and_no_evaluation(self, tmp_path: Path) -> None:
+        tree = make_tree(tmp_path / "tree", 8)
+        shutil.rmtree(tree / "test")
+        source = prepare("supcon", data=str(tree), out=tmp_path / "out", **TINY).source
+        assert source.test is None
+        assert source.train.labels.tolist() == [0] * 8 + [1] * 8
+
+    @pytest.mark.parametrize("size", [16, 96])
+    def test_small_crops_are_further_views(self, size: int, tmp_path: Path) -> None:
+        tree = make_tree(tmp_path / "tree", size)
+        side = 16 if size == 16 else 72
+        options = TINY | {"image_size": side, "small_crops": 2, "small_crop_size": side // 2}
+        run = prepare("byol", data=str(tree), out=tmp_path / "out", **options, hidden=8)
+        batch = next(iter(Loader(run.source.train, 4, Unreadable(0), seed=0)))
+        views = run.method.on_after_batch_transfer(batch, 0).views
+        assert [view.shape[-1] for view in views] == [side, side, side // 2, side // 2]
+        run.fit()
 
     def test_idx_files_plain_or_gzipped(self, idx: Path, tmp_path: Path) -> None:
         run = prepare("simclr", data=str(idx), out=tmp_path / "out", **TINY)
@@ -104,7 +151,7 @@ class TestLoader:
         loader = Loader(self.images, 4 // ranks, Unreadable(0), seed=3, rank=rank, ranks=ranks)
         assert loader.sampler is not None
         loader.sampler.set_epoch(epoch)
-        return [label for _, labels in loader for label in labels.tolist()]
+        return [label for _, labels, _ in loader for label in labels.tolist()]
 
     def test_the_order_depends_on_the_epoch_and_repeats(self) -> None:
         assert self.labels(0) == self.labels(0) != self.labels(1)
@@ -117,8 +164,18 @@ class TestLoader:
             assert sorted(shared) == sorted(whole[4 * batch : 4 * batch + 4])
 
     def test_evaluation_takes_all_in_order(self) -> None:
-        batches = [labels.tolist() for _, labels in Loader(self.images, 4, Unreadable(0))]
+        batches = [labels.tolist() for _, labels, _ in Loader(self.images, 4, Unreadable(0))]
         assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+    def test_a_batch_says_which_samples_are_in_it(self) -> None:
+        for loader in (
+            Loader(self.images, 4, Unreadable(0), seed=3),
+            Loader(self.images, 4, Unreadable(0), only=range(1, 10, 2)),
+        ):
+            seen = [int(index) for _, _, indices in loader for index in indices]
+            images = [int(image) for images, _, _ in loader for image in images.flatten()]
+            assert seen == images
+        assert seen == [1, 3, 5, 7, 9]
 
 
 class TestViews:
@@ -131,7 +188,7 @@ class TestViews:
 
     @pytest.mark.parametrize("size", [None, 16])
     def test_every_photo_of_a_batch_has_its_own_view(self, size: int | None) -> None:
-        augment = photo_augmentation(size, crop_min=0.2, jitter=0.8, blur=True)
+        augment = photo_augmentation(size, crop=(0.2, 1.0), jitter=0.8, blur=True)
         image = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8)
         views = augment(image.expand(16, -1, -1, -1))
         assert views.shape == (16, 3, size or 32, size or 32)
@@ -147,14 +204,13 @@ class TestBadInput:
         assert stop.value.code == 2
         return capsys.readouterr().err.splitlines()[-1]
 
-    def test_a_missing_part(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        tree = make_tree(tmp_path / "tree", 8)
-        (tree / "test").rename(tree / "val")
-        assert "has no test/" in self.refused(tree, tmp_path, capsys)
-
     def test_a_tree_without_images(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "tree" / "train" / "cat").mkdir(parents=True)
-        assert "data must have a folder of images" in self.refused(tmp_path / "tree", tmp_path, capsys)
+        assert "data must be a tree of images" in self.refused(tmp_path / "tree", tmp_path, capsys)
+        (tmp_path / "tree" / "val").mkdir()
+        assert "data must have a folder of images per class" in self.refused(
+            tmp_path / "tree", tmp_path, capsys
+        )
 
     def test_one_class(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         tree = make_tree(tmp_path / "tree", 8, classes=("cat",))

@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastcl.train import MoCHi, MoCo, Optimization, SimCLR, SupCon, make_encoder, prepare
-from fastcl.train.checkpoints import read_moco
+from fastcl.train.checkpoints import read_initial
 
 
 def noisy(images: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ class TestMoCo:
         source, target = self.moco(), self.moco()
         checkpoint = tmp_path / "moco.pth.tar"
         torch.save({"state_dict": official_layout(source)}, checkpoint)
-        target.load_moco(read_moco(checkpoint))
+        target.load_moco(read_initial(checkpoint))
         loaded = target.state_dict()
         assert all(loaded[name].equal(x) for name, x in source.state_dict().items())
 
@@ -63,7 +63,7 @@ class TestMoCo:
         (line,) = capsys.readouterr().err.splitlines()
         assert f"init must fit this run, {checkpoint} does not" in line
         torch.save({"state_dict": {"weight": torch.zeros(1)}}, checkpoint)
-        with pytest.raises(ValueError, match="not in MoCo's official layout"):
+        with pytest.raises(ValueError, match="nor in MoCo's official layout"):
             prepare("moco", init=checkpoint, out=tmp_path / "out")
 
 

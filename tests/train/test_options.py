@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ from fastcl.cli import main
 
 pytest.importorskip("fastcl.train")
 
+from fastcl.train import prepare
 from fastcl.train.methods import METHODS
+from fastcl.train.options import parse
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
@@ -24,13 +27,27 @@ class TestCommandLine:
         ("arguments", "said"),
         [
             (["--data", "cats"], "'fashion-mnist' or a folder, got 'cats'"),
-            (["--arch", "vgg"], "'wide_resnet50_2', got 'vgg'"),
+            (["--arch", "vgg"], "'vit_base', got 'vgg'"),
             (["--arch", "resnet18"], "for images of 1 channel(s), got 'resnet18'"),
             (["--optimizer", "adam"], "optimizer must be one of 'lars', 'sgd', 'adamw', got 'adam'"),
             (["--batch-size", "5000"], "batch_size must be between 2 and 1437"),
             (["--batch-size", "1"], "batch_size must be between 2 and 1437"),
-            (["--epochs", "0"], "epochs"),
-            (["--temperature", "warm"], "temperature"),
+            (["--epochs", "-3"], "error: epochs must be at least 1, got -3"),
+            (["--epochs", "many"], "error: epochs must be a whole number, got 'many'"),
+            (["--batch-size", "2.5"], "error: batch_size must be a whole number, got '2.5'"),
+            (["--temperature", "warm"], "error: temperature must be a number, got 'warm'"),
+            (["--temperature", "0"], "error: temperature must be above 0, got 0.0"),
+            (["--crop-min", "7"], "error: crop_min must be between 0 and 1, got 7.0"),
+            (["--lr", "nan"], "error: lr must be a number, got 'nan'"),
+            (["--blur", "maybe"], "error: blur must be true or false, got 'maybe'"),
+            (["--epochs"], "expected one argument"),
+            (["--precision", "16-mixed"], "'bf16-mixed' on a CPU, got '16-mixed'"),
+            (["--precision", "8"], "precision must be one of '32-true'"),
+            (["--loss", "l2"], "loss must be one of 'nt_xent', 'decoupled', 'hard_negative', got 'l2'"),
+            (["--encode-chunk", "3"], "encode_chunk must be at least 2 and divide a process's batch of 128"),
+            (["--num-nodes", "2"], "num_nodes must be 1 unless torchrun starts the processes, got 2"),
+            (["--resume", "--overwrite"], "resume and overwrite exclude each other"),
+            (["--small-crops", "2"], "small_crops must be 0 for digits, got 2"),
             (["--nonsense", "1"], "--nonsense"),
             (["--config", "missing.yaml"], "missing.yaml"),
             (["--out", __file__], "out must be a folder to write to"),
@@ -47,6 +64,36 @@ class TestCommandLine:
         assert len(output.err.splitlines()) == 1
         assert output.out == ""
         assert not list(tmp_path.iterdir())
+
+    def test_a_file_may_give_texts_and_must_give_options(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = tmp_path / "config.yaml"
+        config.write_text("weight_decay: 1e-3\nblur: no\nsize: 3\n")  # YAML 1.1 takes 1e-3 for a text
+        for content, said in (
+            ("size: 3\n", "config must hold options of simclr, got 'size'"),
+            ("- 3\n", "config must be a YAML file of options"),
+            ("epochs: -3\n", "epochs must be at least 1, got -3"),
+            ("epochs: true\n", "epochs must be a whole number, got True"),
+        ):
+            config.write_text(content)
+            with pytest.raises(SystemExit):
+                main(["train", "simclr", f"--config={config}", f"--out={tmp_path / 'out'}"])
+            (line,) = capsys.readouterr().err.splitlines()
+            assert said in line
+        config.write_text("weight_decay: 1e-3\nblur: no\nepochs: 7\n")
+        assert parse("simclr", [f"--config={config}", "--epochs=8"]) == {
+            **{"weight_decay": "1e-3", "blur": False, "epochs": "8"},
+        }
+
+    def test_python_may_give_texts_too(self, tmp_path: Path) -> None:
+        settings = prepare("simclr", out=str(tmp_path / "x"), epochs="3", weight_decay="1e-3").settings
+        assert settings.out == tmp_path / "x"
+        assert (settings.epochs, settings.weight_decay) == (3, 1e-3)
+        with pytest.raises(ValueError, match="epochs must be at least 1, got -3"):
+            prepare("simclr", out=tmp_path, epochs=-3)
+        with pytest.raises(TypeError, match="nonsense"):
+            prepare("simclr", out=tmp_path, nonsense=1)
 
     def test_an_unknown_method_is_said_in_one_line(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stop:
@@ -79,13 +126,36 @@ class TestCommandLine:
                 main(["train", "moco", *arguments, "--help"])
             assert "here small images" in " ".join(capsys.readouterr().out.split())  # however wide the screen
 
+    def test_help_lists_every_method_with_its_paper(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            main(["train", "--help"])
+        lines = capsys.readouterr().out.splitlines()
+        for name in METHODS:
+            (line,) = (line for line in lines if line.split()[:1] == [name])
+            assert re.search(r"\(.+ \d{4}, arXiv \d{4}\.\d{5}\)$", line), line
+
     def test_info_says_what_is_available_and_needs_none_of_the_optional_packages(self) -> None:
         done = run_python(
-            "import sys; sys.modules.update(lightning=None, jsonargparse=None, torchvision=None)\n"
+            "import sys; sys.modules.update(lightning=None, torchvision=None)\n"
             "from fastcl.cli import main; main(['info'])"
         )
         assert done.returncode == 0, done.stderr
         assert "chunked    available" in done.stdout
+
+    def test_torchvision_after_a_failed_import_of_ones_own(self) -> None:
+        done = run_python(
+            "try:\n    import torchvision\nexcept RuntimeError:\n    pass\n"
+            "from fastcl.train import MoCo\nfrom lightning.pytorch import Trainer"
+        )
+        assert done.returncode == 0, done.stderr
+
+    def test_the_script_of_the_documentation_can_import_what_it_needs(self) -> None:
+        page = Path(__file__).parents[2].joinpath("docs/training.md").read_text()
+        (script,) = re.findall(r"```python\n(from fastcl\.train [^`]*)```", page)
+        imports = [line for line in script.splitlines() if line.startswith("from ")]
+        assert len(imports) == 2
+        done = run_python("\n".join(imports))
+        assert done.returncode == 0, done.stderr
 
     def test_a_missing_optional_package_is_said_with_the_command_that_installs_it(self) -> None:
         done = run_python(

@@ -23,16 +23,15 @@ TOY = """
 from dataclasses import dataclass
 from typing import Annotated
 
-from jsonargparse.typing import PositiveFloat
-
 from fastcl.train.evaluate.pairs import measure_pairs
 from fastcl.train.methods.base import Method, projection_head
 from fastcl.train.methods.registry import register
-from fastcl.train.settings import Settings
+from fastcl.train.ranges import PositiveFloat
+from fastcl.train.settings import ContrastiveSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToySettings(Settings):
+class ToySettings(ContrastiveSettings):
     pull: Annotated[PositiveFloat, "How strongly the views attract each other."]
 
 
@@ -52,14 +51,17 @@ class ToySettings(Settings):
 )
 class Toy(Method):
     def __init__(self, encoder, features, augment, *, dim, temperature, optimization, pull):
-        super().__init__(encoder, augment, temperature=temperature, optimization=optimization)
+        super().__init__(encoder, augment, optimization=optimization)
         self.projector = projection_head(features, dim, batch_norm=True)
         self.pull = pull
+        self.schedule(temperature=temperature)
+        self.seen = []
 
     def training_step(self, batch, batch_idx):
-        z1, z2 = (self.projector(self.encoder(view)) for view in batch[:2])
+        self.seen.extend(batch.indices.tolist())
+        z1, z2 = (self.projector(self.encoder(view)) for view in batch.views)
         loss = self.pull * (z1 - z2).square().mean() / self.temperature
-        self.record(loss, lambda: measure_pairs(z1, z2), batch_idx)
+        self.record(loss, lambda: measure_pairs(z1, z2))
         return loss
 """
 
@@ -95,7 +97,8 @@ def test_it_trains_and_resumes_with_its_own_options(toy: str, tmp_path: Path) ->
 def test_the_help_lists_it_and_its_options(toy: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--help"])
-    assert "  toy-method   views attract each other (Nobody 2020)" in capsys.readouterr().out.splitlines()
+    listed = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert ["toy-method", "views attract each other (Nobody 2020)"] in listed
     with pytest.raises(SystemExit):
         main(["train", toy, "--help"])
     said = " ".join(capsys.readouterr().out.split())
@@ -122,6 +125,7 @@ class TestRefused:
             ({name: small[name] for name in small if name != "lr"}, r"lacks \['lr'\]"),
             (small | {"magic": 1}, r"unknown \['magic'\]"),
         ):
+            recipe = self.recipe | {"small": changed}
             with pytest.raises(ValueError, match=f"recipe for small images .*{said}"):
-                register("half", "not all of it", recipe=self.recipe | {"small": changed})(Method)
+                register("half", "not all of it", settings=METHODS["simclr"].settings, recipe=recipe)(Method)
         assert "half" not in METHODS

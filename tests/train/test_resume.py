@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import errno
+import math
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ from fastcl.train.checkpoints import write_atomically
 
 FASTCL = Path(sys.executable).parent / "fastcl"
 OPTIONS = ("--data=digits", "--width=4", "--batch-size=256", "--limit=512")
+TWO = ("--devices=2", "--accelerator=cpu")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SMALL = {"data": "digits", "width": 4, "batch_size": 256, "limit": 512}
 
@@ -78,6 +81,53 @@ class TestResume:
         for (name, resumed), (_, expected) in zip(*(state.items() for state in states), strict=True):
             assert resumed.equal(expected), name
 
+    @pytest.mark.parametrize("method", ["byol", "simsiam", "vicreg", "moco-v3"])
+    def test_methods_of_each_kind_go_on_from_a_checkpoint_as_if_not_stopped(
+        self, method: str, tmp_path: Path
+    ) -> None:
+        options = {**SMALL, "epochs": 3, "hidden": 16, "dim": 16}
+        if method == "moco-v3":
+            options |= {"arch": "vit_tiny", "temperature_end": 0.1}
+        prepare(method, out=tmp_path / "whole", **options).fit()
+        stopped = prepare(method, out=tmp_path / "stopped", **options)
+
+        def stop() -> None:
+            if stopped.method.current_epoch == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        stopped.method.on_train_epoch_start = stop
+        with pytest.raises(RunStoppedError, match="stopped by SIGTERM"):
+            stopped.fit()
+        assert len(losses(tmp_path / "stopped")) == 2
+        prepare(method, out=tmp_path / "stopped", **options, resume=True).fit()
+        assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+        states = [
+            torch.load(tmp_path / name / f"{method}.ckpt", weights_only=True)["state_dict"]
+            for name in ("stopped", "whole")
+        ]
+        assert all(x.equal(states[1][name]) for name, x in states[0].items())
+
+    def test_epochs_may_grow_and_the_rate_follows(self, tmp_path: Path) -> None:
+        prepare("simclr", out=tmp_path, epochs=2, **SMALL).fit()
+        before = metrics(tmp_path).splitlines()
+        with pytest.raises(ValueError, match=r"epochs must be at least 2, those that .*simclr.ckpt was"):
+            prepare("simclr", out=tmp_path, epochs=1, resume=True, **SMALL)
+        run = prepare("simclr", out=tmp_path, epochs=4, resume=True, **SMALL)
+        rates, set_rates = [], type(run.method.optimization).set_rates
+
+        def recorded(*arguments: object) -> float:
+            rates.append(set_rates(*arguments))
+            return rates[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(run.method.optimization), "set_rates", recorded)
+            run.fit()
+        assert metrics(tmp_path).splitlines()[:4] == before
+        assert len(losses(tmp_path)) == 4
+        # one call when the optimizer is made, then steps 4 to 7 of 8
+        falling = [rates[0] * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(4, 8)]
+        assert rates[1:] == pytest.approx(falling)
+
     def test_a_finished_run_is_evaluated_again_only(self, tmp_path: Path) -> None:
         prepare("simclr", out=tmp_path, epochs=1, **SMALL).fit()
         first = metrics(tmp_path)
@@ -97,6 +147,19 @@ class TestResume:
         prepare("simclr", out=tmp_path, epochs=1, **SMALL).fit()
         with pytest.raises(ValueError, match=r"width must be 4 as in .*simclr.ckpt to resume it, got 8"):
             prepare("simclr", out=tmp_path, epochs=1, resume=True, **(SMALL | {"width": 8}))
+        with pytest.raises(ValueError, match=r"out must hold a run of moco to resume, .* has simclr\.ckpt"):
+            prepare("moco", out=tmp_path, epochs=1, resume=True, **SMALL)
+        checkpoint = torch.load(tmp_path / "simclr.ckpt", weights_only=True)
+        optimizers = checkpoint.pop("optimizer_states")
+        torch.save(checkpoint, tmp_path / "simclr.ckpt")
+        with pytest.raises(ValueError, match="was not written by fastcl train: it cannot be resumed"):
+            prepare("simclr", out=tmp_path, epochs=1, resume=True, **SMALL)
+        checkpoint["optimizer_states"] = optimizers
+        for name in ("encoder.0.weight", "projector.0.bias"):
+            del checkpoint["state_dict"][name]
+        torch.save(checkpoint, tmp_path / "simclr.ckpt")
+        with pytest.raises(ValueError, match=r"resumed: it lacks weights 'encoder.0.weight' and 1 more$"):
+            prepare("simclr", out=tmp_path, epochs=1, resume=True, **SMALL)
         (tmp_path / "simclr.ckpt").write_bytes(b"not a checkpoint")
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
@@ -106,7 +169,48 @@ class TestResume:
         assert "simclr.ckpt is not a checkpoint" in line
 
 
+class TestResults:
+    def test_an_older_run_is_kept_unless_it_is_to_be_overwritten(self, tmp_path: Path) -> None:
+        prepare("simclr", out=tmp_path, epochs=1, **SMALL).fit()
+        kept = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+        for method in ("simclr", "supcon"):
+            with pytest.raises(
+                ValueError, match=r"has simclr.ckpt: --resume goes on .* --overwrite replaces"
+            ):
+                prepare(method, out=tmp_path, epochs=1, **SMALL)
+        assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == kept
+        prepare("supcon", out=tmp_path, epochs=1, overwrite=True, **SMALL).fit()
+        assert [path.name for path in tmp_path.glob("*.ckpt")] == ["supcon.ckpt"]
+
+    def test_a_run_starts_from_the_weights_of_another(self, tmp_path: Path) -> None:
+        first = prepare("moco", out=tmp_path / "first", epochs=1, **SMALL)
+        first.fit()
+        checkpoint = tmp_path / "first" / "moco.ckpt"
+        trained = first.method.state_dict()
+        same = prepare("moco", init=checkpoint, out=tmp_path / "same", epochs=1, seed=1, **SMALL).method
+        assert all(x.equal(trained[name]) for name, x in same.state_dict().items())
+        other = prepare("byol", init=checkpoint, out=tmp_path / "other", epochs=1, **SMALL).method
+        assert all(x.equal(trained[f"encoder.{name}"]) for name, x in other.encoder.state_dict().items())
+        with pytest.raises(ValueError, match=r"init must fit this run, .*'0.weight' is \(4, 1, 3, 3\) in it"):
+            prepare("byol", init=checkpoint, out=tmp_path / "wide", epochs=1, **(SMALL | {"width": 8}))
+
+
 class TestStopping:
+    def test_a_diverging_run_stops_and_leaves_its_checkpoint(self, tmp_path: Path) -> None:
+        run = prepare("simclr", out=tmp_path, epochs=4, **SMALL)
+        step = run.method.training_step
+
+        def diverging(batch: object, batch_idx: int) -> torch.Tensor:
+            return step(batch, batch_idx) * (float("nan") if run.method.global_step == 5 else 1.0)
+
+        run.method.training_step = diverging
+        with pytest.raises(RunStoppedError, match=r"no finite number by step 2 of epoch 3; .* is whole"):
+            run.fit()
+        checkpoint = torch.load(tmp_path / "simclr.ckpt", weights_only=True)
+        assert checkpoint["epoch"] == 1
+        assert all(x.isfinite().all() for x in checkpoint["state_dict"].values())
+        assert len(losses(tmp_path)) == 2
+
     def test_a_signal_stops_with_one_line(self, tmp_path: Path) -> None:
         runs = {number: start(tmp_path / number.name, "simclr", "--epochs=100") for number in SIGNALS}
         for number, process in runs.items():
@@ -166,3 +270,72 @@ class TestTwoProcesses:
         finish(start(tmp_path, "moco", "--epochs=1", "--devices=2", "--accelerator=cpu"))
         state = torch.load(tmp_path / "moco.ckpt", weights_only=True)["state_dict"]
         assert state["queue.pointer"] == 512, "two batches of 256 from both ranks"
+
+    def test_a_diverging_run_says_so_once(self, tmp_path: Path) -> None:
+        process = start(tmp_path, "simclr", "--epochs=2", "--optimizer=sgd", "--lr=1e30", *TWO)
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 1
+        assert sum("a loss that is no finite number" in line for line in err.splitlines()) == 1
+        assert "Traceback" not in err
+
+    def test_evaluation_is_that_of_one_process(self, tmp_path: Path) -> None:
+        prepare("simclr", out=tmp_path / "one", epochs=1, **SMALL).fit()
+        checkpoint = tmp_path / "one" / "simclr.ckpt"
+        finish(start(tmp_path / "two", "simclr", "--epochs=1", f"--init={checkpoint}", *TWO))
+        prepare("simclr", out=tmp_path / "again", epochs=1, init=checkpoint, **SMALL).fit()
+        untrained = [metrics(tmp_path / name).splitlines()[1].split(",") for name in ("two", "again")]
+        for two, one in zip(*untrained, strict=True):
+            assert two == one or abs(float(two) - float(one)) < 0.01  # linear classifiers end a little apart
+
+    def test_two_nodes_of_one_process_each(self, tmp_path: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [FASTCL, "train", "simclr", *OPTIONS, "--epochs=1", "--num-nodes=2", "--accelerator=cpu"]
+        torchrun = [FASTCL.with_name("torchrun"), "--nnodes=2", "--nproc-per-node=1"]
+        torchrun += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+        nodes = [
+            subprocess.Popen(
+                [*torchrun, f"--node-rank={rank}", *command, f"--out={tmp_path / 'nodes'}"],
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+            for rank in (0, 1)
+        ]
+        for node in nodes:
+            _, err = node.communicate(timeout=240)
+            assert node.returncode == 0, err
+        finish(start(tmp_path / "devices", "simclr", "--epochs=1", *TWO))
+        assert metrics(tmp_path / "nodes") == metrics(tmp_path / "devices")
+
+
+class TestChunks:
+    VIT = ("--arch=vit_tiny", "--optimizer=sgd", "--lr=0.5", "--epochs=2")
+
+    @pytest.mark.parametrize("processes", [(), TWO], ids=["one", "two"])
+    def test_a_network_that_treats_rows_apart_is_trained_as_without_chunks(
+        self, processes: tuple[str, ...], tmp_path: Path
+    ) -> None:
+        chunked, whole = tmp_path / "chunked", tmp_path / "whole"
+        runs = [
+            start(chunked, "supcon", *self.VIT, *processes, "--encode-chunk=32"),
+            start(whole, "supcon", *self.VIT, *processes),
+        ]
+        for run in runs:
+            finish(run)
+        initial = prepare("supcon", out=tmp_path / "initial", arch="vit_tiny", **SMALL).method.state_dict()
+        weights = [
+            torch.load(out / "supcon.ckpt", weights_only=True)["state_dict"] for out in (chunked, whole)
+        ]
+        moved = sum((weights[1][name] - x).square().sum() for name, x in initial.items())
+        apart = sum((weights[0][name] - weights[1][name]).square().sum() for name in initial)
+        assert apart < 1e-6 * moved
+
+    def test_a_slow_copy_and_a_queue_are_encoded_in_chunks_too(self, tmp_path: Path) -> None:
+        for method, own in (("moco-v3", {"hidden": 16}), ("byol", {"hidden": 16}), ("mochi", {})):
+            out = tmp_path / method
+            prepare(method, out=out, epochs=2, encode_chunk=64, **own, **SMALL).fit()
+            assert all(math.isfinite(loss) for loss in losses(out))
+        with pytest.raises(ValueError, match="encode_chunk must be a multiple of bn_splits = 8, got 4"):
+            prepare("moco", out=tmp_path / "moco", encode_chunk=4, **SMALL)

@@ -15,13 +15,13 @@ pytest.importorskip("fastcl.train")
 
 from fastcl.train import prepare
 from fastcl.train.data.loader import Loader
-from fastcl.train.evaluate.features import embed
+from fastcl.train.evaluate.features import joined, stream
 from fastcl.train.evaluate.neighbours import knn_top1
 from fastcl.train.methods import METHODS
 
 SMALL = ("train", "simclr", "--data", "digits", "--width", "4", "--batch-size", "256")
 HEADER = (
-    "epoch,loss,knn_top1,knn_top1_few,contrastive_top1,alignment,uniformity,"
+    "epoch,loss,knn_top1,knn_top1_few,contrastive_top1,alignment,uniformity,center,residual,"
     "linear_top1,linear_top1_10percent,linear_top1_1percent"
 )
 
@@ -53,23 +53,26 @@ class TestRun:
         first, second = (float(row["loss"]) for row in rows(out)[1:])
         assert second < first
 
-    def test_linear_classifiers_are_measured_at_the_end(self, out: Path) -> None:
-        *before, last = rows(out)
+    def test_linear_classifiers_are_measured_before_training_and_at_the_end(self, out: Path) -> None:
+        first, *between, last = rows(out)
         names = ("linear_top1_1percent", "linear_top1_10percent", "linear_top1")
-        assert all(row[name] == "" for row in before for name in names)
-        shares = [float(last[name]) for name in names]
-        assert 0.1 < shares[0] < shares[1] < shares[2] < 1
+        assert all(row[name] == "" for row in between for name in names)
+        for row in (first, last):
+            shares = [float(row[name]) for name in names]
+            assert 0.1 < shares[0] < shares[1] < shares[2] < 1
 
     def test_the_checkpoint_restores_the_encoder(self, out: Path, tmp_path: Path) -> None:
         weights = torch.load(out / "simclr.ckpt", weights_only=True)["state_dict"]
         run = prepare("simclr", out=tmp_path, width=4, seed=1)
         run.method.load_state_dict(weights)
         bank, queries = (
-            embed(
-                run.method.encoder,
-                Loader(images, 512, run.source.unreadable),
-                run.source.normalize,
-                torch.device("cpu"),
+            joined(
+                stream(
+                    run.method.encoder,
+                    Loader(images, 512, run.source.unreadable),
+                    run.source.normalize,
+                    torch.device("cpu"),
+                )
             )
             for images in (run.source.bank, run.source.test)
         )
@@ -80,23 +83,29 @@ class TestRun:
         for name in ("curves.png", "embedding.png"):
             assert (out / name).read_bytes().startswith(b"\x89PNG")
 
-    def test_tensorboard_has_the_metrics(self, out: Path) -> None:
+    def test_tensorboard_has_the_metrics_the_steps_epoch_0_and_the_options(self, out: Path) -> None:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         events = EventAccumulator(str(out / "tensorboard")).Reload()
-        assert {"loss", "knn_top1", "alignment", "uniformity"} <= set(events.Tags()["scalars"])
+        found = set(events.Tags()["scalars"])
+        assert {"loss", "knn_top1", "alignment", "residual", "step/loss", "step/learning_rate"} <= found
+        accuracies = events.Scalars("linear_top1")
+        assert [event.step for event in accuracies] == [0, 9]
+        assert accuracies[0].value == pytest.approx(float(rows(out)[0]["linear_top1"]))
+        assert "width: 4" in (out / "tensorboard" / "hparams.yaml").read_text().splitlines()
+        assert "_hparams_/session_start_info" in events.summary_metadata
 
     def test_the_parts_of_a_step_are_recorded(self, out: Path) -> None:
         times = json.loads((out / "times.json").read_text())
         assert list(times) == ["data", "forward", "loss", "backward", "optimizer"]
         assert all(0 < milliseconds < 10_000 for milliseconds in times.values())
 
-    def test_the_same_seed_gives_the_same_run_and_replaces_the_older_results(
+    def test_the_same_seed_gives_the_same_run_and_overwrites_the_older_results(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         first, second = [], []
         for kept in (first, second):
-            main([*SMALL, "--epochs", "1", "--out", str(tmp_path)])
+            main([*SMALL, "--epochs", "1", "--out", str(tmp_path), "--overwrite"])
             kept.extend(rows(tmp_path))
         assert first == second
         assert len(first) == 2
@@ -113,25 +122,32 @@ class TestRun:
         config.write_text(f"width: 4\nepochs: 1\nbatch_size: 700\nout: {tmp_path / 'run'}\n")
         main(["train", "supcon", "--config", str(config)])
         first = rows(tmp_path / "run")
-        main(["train", "supcon", "--config", str(tmp_path / "run" / "config.yaml")])
+        main(["train", "supcon", "--config", str(tmp_path / "run" / "config.yaml"), "--overwrite"])
         assert rows(tmp_path / "run") == first
         assert len(first) == 2
+
+
+FEW = {"out": None, "arch": "resnet8", "width": 4, "epochs": 1, "batch_size": 64, "dim": 32, "hidden": 32}
+FEW |= {"queue_size": 256, "n_hard": 64, "n_mix": 16, "n_query_mix": 8, "mix_from_epoch": 0}
+
+
+def options(method: str, **others: object) -> dict[str, object]:
+    known = METHODS[method].defaults("digits")
+    return {name: value for name, value in (FEW | others).items() if name in known}
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("data", ["digits", "cifar"])
 def test_every_method_trains(method: str, data: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    options = {"out": tmp_path, "arch": "resnet8", "width": 4, "epochs": 1, "batch_size": 64, "dim": 32}
-    if method in ("moco", "mochi"):
-        options |= {"queue_size": 256}
-    if method == "mochi":
-        options |= {"n_hard": 64, "n_mix": 16, "n_query_mix": 8, "mix_from_epoch": 0}
     folder = "digits" if data == "digits" else str(request.getfixturevalue("cifar"))
-    prepare(method, data=folder, limit=256 if data == "digits" else 2000, **options).fit()
+    limit = 256 if data == "digits" else 2000
+    prepare(method, **options(method, data=folder, limit=limit, out=tmp_path)).fit()
     _, trained = rows(tmp_path)
-    assert 0 < float(trained["loss"]) < 20
+    assert -1 <= float(trained["loss"]) < (20 if method not in ("vicreg", "barlow-twins") else 100)
     assert -4 <= float(trained["uniformity"]) <= 0
     assert 0 <= float(trained["alignment"]) <= 4
     assert 0 <= float(trained["contrastive_top1"]) <= 1
     assert float(trained["linear_top1"]) > 0.1
+    center, residual = float(trained["center"]), float(trained["residual"])
+    assert center**2 + residual**2 < 1.001, "of unit rows; equal to 1 for residuals of one length"
     assert (tmp_path / f"{method}.ckpt").is_file()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastcl.train.data.digits import read_digits
 from fastcl.train.data.downloads import DOWNLOADS, download
-from fastcl.train.data.folders import first_size, image_folder, tree
+from fastcl.train.data.folders import image_folder, size_of_images
 from fastcl.train.data.idx import is_idx, read_idx
 from fastcl.train.data.sources import Source, in_memory
 from fastcl.train.encoders import SMALL_IMAGE
@@ -23,7 +23,7 @@ def kind(data: str) -> str:
         return "digits"
     if data in DOWNLOADS or is_idx(Path(data)):
         return "small"
-    return "small" if first_size(tree(Path(data), "train")) <= SMALL_IMAGE else "large"
+    return "small" if size_of_images(Path(data)) <= SMALL_IMAGE else "large"
 
 
 def load(settings: Settings) -> Source:
@@ -35,8 +35,11 @@ def load(settings: Settings) -> Source:
     if settings.data == "digits":
         return read_digits(settings)
     if settings.data in DOWNLOADS:
-        return in_memory(settings, *(download(settings, train=train) for train in (True, False)))
+        (images, classes), (test, _) = (download(settings, train=train) for train in (True, False))
+        return in_memory(settings, images, test, classes)
     folder = Path(settings.data)
     if is_idx(folder):
-        return in_memory(settings, *(read_idx(folder, part) for part in ("train", "t10k")))
+        images, test = (read_idx(folder, part) for part in ("train", "t10k"))
+        count = int(images.labels.max()) + 1
+        return in_memory(settings, images, test, [str(label) for label in range(count)])
     return image_folder(settings, folder)

@@ -27,8 +27,10 @@ def read_digits(settings: Settings) -> Source:
             torch.arange(len(images)), test_size=0.2, stratify=labels, random_state=0, shuffle=True
         )
     )
-    source = in_memory(settings, train, test)
-    return replace(source, augment=augment_digits, normalize=lambda images: images)
+    if settings.small_crops:
+        raise ValueError(f"small_crops must be 0 for digits, got {settings.small_crops}")
+    source = in_memory(settings, train, test, tuple(map(str, range(10))))
+    return replace(source, augment=[augment_digits] * 2, normalize=lambda images: images)
 
 
 def augment_digits(images: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from fastcl.train.settings import Settings
 DOWNLOADS = {"cifar10": CIFAR10, "fashion-mnist": FashionMNIST}
 
 
-def download(settings: Settings, *, train: bool) -> MemoryImages:
-    """The training or the test images of ``settings.data``.
+def download(settings: Settings, *, train: bool) -> tuple[MemoryImages, list[str]]:
+    """The training or the test images of ``settings.data``, and the names of their classes.
 
     Raises:
         ValueError: they are not there and cannot be downloaded.
@@ -26,4 +26,5 @@ def download(settings: Settings, *, train: bool) -> MemoryImages:
         ) from error
     images = torch.as_tensor(dataset.data)  # CIFAR-10: [N, H, W, C]; Fashion-MNIST: [N, H, W]
     images = images.permute(0, 3, 1, 2) if images.dim() == 4 else grey_to_rgb(images)
-    return MemoryImages(images.contiguous() if train else images, torch.as_tensor(dataset.targets))
+    labels = torch.as_tensor(dataset.targets)
+    return MemoryImages(images.contiguous() if train else images, labels), list(dataset.classes)

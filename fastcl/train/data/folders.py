@@ -1,55 +1,64 @@
-"""Trees of image files: train/ and test/ with a folder per class."""
+"""Trees of image files: train/ and test/ or val/ with a folder per class, or any tree without labels."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from fastcl.train.data.downloads import DOWNLOADS
 from fastcl.train.data.images import FileImages, MemoryImages, Problem, Unreadable, read_image
 from fastcl.train.data.photos import normalize, photo_augmentation
-from fastcl.train.data.sources import Source, first_per_class, in_memory
+from fastcl.train.data.sources import Source, crops, first_per_class, in_memory
 from fastcl.train.encoders import SMALL_IMAGE
 from fastcl.train.settings import Settings
 
 
+@dataclass(frozen=True)
+class Tree:
+    """Image files and their labels, all -1 where ``classes`` is empty."""
+
+    paths: Sequence[Path]
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def limited(self, limit: int | None) -> Tree:
+        """The first of each class in turn, ``limit`` in all."""
+        chosen = first_per_class(self.labels, limit)
+        return Tree([self.paths[index] for index in chosen], self.labels[chosen], self.classes)
+
+
 def image_folder(settings: Settings, folder: Path) -> Source:
-    """train/ and test/ with a folder of images per class; small images are read into memory."""
-    train, test = (tree(folder, part) for part in ("train", "test"))
-    if train.classes != test.classes:
-        different = sorted(set(train.classes) ^ set(test.classes))
-        raise ValueError(
-            f"data must have the same classes in train/ and test/, {different[0]!r} is not in both"
-        )
-    if len(train.classes) < 2:
-        raise ValueError(
-            f"data must have at least 2 classes, {folder / 'train'} has only {train.classes[0]!r}"
-        )
-    files = [_limited(part, settings.limit) for part in (train, test)]
-    size = settings.image_size or first_size(train)
+    """The images of a tree; small ones are read into memory."""
+    train, test = _parts(folder)
+    train, test = train.limited(settings.limit), None if test is None else test.limited(settings.limit)
+    size = settings.image_size or _first_size(train)
     unreadable = Unreadable(settings.max_unreadable)
     if size <= SMALL_IMAGE:
-        images = [_read_all(*part, size, unreadable) for part in files]
-        return replace(in_memory(settings, *images), unreadable=unreadable)
+        images = _read_all(train, size, unreadable)
+        tested = None if test is None else _read_all(test, size, unreadable)
+        return replace(in_memory(settings, images, tested, train.classes), unreadable=unreadable)
     size = settings.image_size or 224
-    crops = partial(_two_crops, crop=v2.RandomResizedCrop(size, (settings.crop_min, 1.0), antialias=True))
+    views = [v2.RandomResizedCrop(side, part, antialias=True) for side, part in crops(settings, size)]
     centre = v2.Compose([v2.Resize(size * 8 // 7, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
     reading = partial(FileImages, workers=settings.workers, limit=settings.max_unreadable)
-    augment = photo_augmentation(None, crop_min=settings.crop_min, jitter=settings.jitter, blur=settings.blur)
+    augment = photo_augmentation(None, crop=(1.0, 1.0), jitter=settings.jitter, blur=settings.blur)
     return Source(
-        reading(*files[0], crops),
-        reading(*files[0], centre),
-        reading(*files[1], centre),
-        augment,
+        reading(train.paths, train.labels, partial(_crops, views=views)),
+        reading(train.paths, train.labels, centre),
+        None if test is None else reading(test.paths, test.labels, centre),
+        train.classes,
+        [augment] * len(views),
         normalize,
         3,
         size,
@@ -57,54 +66,91 @@ def image_folder(settings: Settings, folder: Path) -> Source:
     )
 
 
-def _two_crops(image: object, *, crop: v2.Transform) -> tuple[Tensor, Tensor]:
-    return v2.functional.pil_to_tensor(crop(image)), v2.functional.pil_to_tensor(crop(image))
+def size_of_images(folder: Path) -> int:
+    """The shorter side of the first image for training in ``folder`` that can be read."""
+    return _first_size(_parts(folder)[0])
 
 
-def tree(folder: Path, part: str) -> ImageFolder:
-    """The files of ``part``, 'train' or 'test', and their classes.
+def _crops(image: object, *, views: Sequence[v2.Transform]) -> list[Tensor]:
+    return [v2.functional.pil_to_tensor(view(image)) for view in views]
+
+
+def _parts(folder: Path) -> tuple[Tree, Tree | None]:
+    """What to train on and, if there is such a part, what to evaluate on.
 
     Raises:
-        ValueError: no such folder, or one without folders of images.
+        ValueError: no such folder, no images in it, or parts that do not go together.
     """
     if not folder.is_dir():
         names = ", ".join(map(repr, ("digits", *DOWNLOADS)))
         raise ValueError(f"data must be {names} or a folder, got {str(folder)!r}: there is no such folder")
-    if not (folder / part).is_dir():
-        raise ValueError(f"data must have train/ and test/ inside, {folder} has no {part}/")
+    part = next((part for part in ("test", "val") if (folder / part).is_dir()), None)
+    if not _has_classes(folder / "train"):
+        if part is not None:
+            raise ValueError(f"data must have a folder of images per class in {folder / 'train'}")
+        return _unlabelled(folder), None
+    train = _labelled(folder / "train")
+    if part is None:
+        return train, None
+    test = _labelled(folder / part)
+    if train.classes != test.classes:
+        different = sorted(set(train.classes) ^ set(test.classes))
+        raise ValueError(
+            f"data must have the same classes in train/ and {part}/, {different[0]!r} is not in both"
+        )
+    if len(train.classes) < 2:
+        raise ValueError(
+            f"data must have at least 2 classes, {folder / 'train'} has only {train.classes[0]!r}"
+        )
+    return train, test
+
+
+def _has_classes(part: Path) -> bool:
+    return part.is_dir() and any(_images(inner) for inner in part.iterdir() if inner.is_dir())
+
+
+def _images(folder: Path) -> list[Path]:
+    """All image files below ``folder``, in order."""
+    found = (Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted(path for path in found if path.name.lower().endswith(IMG_EXTENSIONS))
+
+
+def _unlabelled(folder: Path) -> Tree:
+    paths = _images(folder)
+    if not paths:
+        raise ValueError(f"data must be a tree of images, {folder} holds none")
+    return Tree(paths, torch.full((len(paths),), -1), ())
+
+
+def _labelled(part: Path) -> Tree:
     try:
-        return ImageFolder(str(folder / part))
+        files = ImageFolder(str(part))
     except FileNotFoundError as error:
         raise ValueError(
             f"data must have a folder of images per class: {str(error).splitlines()[0]}"
         ) from error
+    return Tree([Path(path) for path, _ in files.samples], torch.tensor(files.targets), tuple(files.classes))
 
 
-def _limited(files: ImageFolder, limit: int | None) -> tuple[list[Path], Tensor]:
-    labels = torch.tensor(files.targets)
-    chosen = first_per_class(labels, limit)
-    return [Path(files.samples[index][0]) for index in chosen], labels[chosen]
-
-
-def first_size(files: ImageFolder) -> int:
-    """The shorter side of the first image that can be read."""
-    for path, _ in files.samples:
-        image = read_image(Path(path))
+def _first_size(files: Tree) -> int:
+    for path in files.paths:
+        image = read_image(path)
         if not isinstance(image, Problem):
             return min(image.size)
-    raise ValueError(f"data must hold images, none in {files.root} can be read")
+    raise ValueError(f"data must hold images, none of those like {files.paths[0]} can be read")
 
 
-def _read_all(paths: Sequence[Path], labels: Tensor, size: int, unreadable: Unreadable) -> MemoryImages:
+def _read_all(files: Tree, size: int, unreadable: Unreadable) -> MemoryImages:
     """All files as squares of ``size`` pixels, without those that cannot be read."""
-    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-    readable = torch.ones(len(paths), dtype=torch.bool)
+    count = len(files.paths)
+    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    readable = torch.ones(count, dtype=torch.bool)
     with ThreadPoolExecutor() as pool:
-        reads = pool.map(partial(read_image, size=size), paths, chunksize=256)
-        for index, image in enumerate(tqdm(reads, "reading", len(paths), unit=" images", disable=None)):
+        reads = pool.map(partial(read_image, size=size), files.paths, chunksize=256)
+        for index, image in enumerate(tqdm(reads, "reading", count, unit=" images", disable=None)):
             if isinstance(image, Problem):
                 unreadable.report([image])
                 readable[index] = False
             else:
                 images[index] = v2.functional.pil_to_tensor(image)
-    return MemoryImages(images[readable], labels[readable])
+    return MemoryImages(images[readable], files.labels[readable])

@@ -1,4 +1,4 @@
-"""Labelled images, one batch at a time: in memory, or read from files by worker processes."""
+"""Images and their labels, -1 for none, one batch at a time: in memory, or read by worker processes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ class Problem(NamedTuple):
     reason: str
 
 
-class Batch(NamedTuple):
+class Read(NamedTuple):
     """What the datasets hand to the loader."""
 
-    images: Tensor | tuple[Tensor, Tensor] | None  # None: nothing could be read
+    images: Tensor | Sequence[Tensor] | None  # None: nothing could be read
     labels: Tensor
+    indices: Tensor
     problems: Sequence[Problem] = ()
 
 
@@ -60,7 +61,7 @@ class Unreadable:
             print(f"skipped {path}: {reason}", file=sys.stderr, flush=True)
 
 
-class MemoryImages(Dataset[Batch]):
+class MemoryImages(Dataset[Read]):
     """Images (N, C, H, W), uint8 or float in [0, 1], and their labels (N,), int64."""
 
     workers = 0
@@ -72,11 +73,11 @@ class MemoryImages(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitems__(self, indices: list[int]) -> Batch:
+    def __getitems__(self, indices: list[int]) -> Read:
         """The batch of ``indices``, in one piece."""
-        return Batch(self.images[indices], self.labels[indices])
+        return Read(self.images[indices], self.labels[indices], torch.tensor(indices))
 
-    def collate(self, batch: Batch) -> Batch:
+    def collate(self, batch: Read) -> Read:
         """Nothing is left to do."""
         return batch
 
@@ -87,7 +88,7 @@ class FileImages(Dataset[object]):
     Args:
         paths: of the images.
         labels: (N,) int64.
-        transform: an RGB image to a uint8 tensor (3, H, W), or to a pair of them.
+        transform: an RGB image to a uint8 tensor (3, H, W), or to several of them.
         workers: how many processes.
         limit: how many unreadable files in a row to pass over.
     """
@@ -110,23 +111,23 @@ class FileImages(Dataset[object]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[object, Tensor, list[Problem]]:
+    def __getitem__(self, index: int) -> tuple[object, Tensor, int, list[Problem]]:
         """The transformed image, or that of the next file that can be read; None after too many."""
         problems: list[Problem] = []
         while len(problems) <= self.limit:
             image = read_image(self.paths[index])
             if not isinstance(image, Problem):
-                return self.transform(image), self.labels[index], problems
+                return self.transform(image), self.labels[index], index, problems
             problems.append(image)
             index = (index + 1) % len(self)
-        return None, self.labels[index], problems
+        return None, self.labels[index], index, problems
 
-    def collate(self, samples: list[tuple[object, Tensor, list[Problem]]]) -> Batch:
+    def collate(self, samples: list[tuple[object, Tensor, int, list[Problem]]]) -> Read:
         """The samples as one batch."""
-        images, labels, found = zip(*samples, strict=True)
+        images, labels, indices, found = zip(*samples, strict=True)
         problems = [problem for of_sample in found for problem in of_sample]
         batch = None if any(image is None for image in images) else default_collate(list(images))
-        return Batch(batch, torch.stack(labels), problems)
+        return Read(batch, torch.stack(labels), torch.tensor(indices), problems)
 
 
 Images = MemoryImages | FileImages

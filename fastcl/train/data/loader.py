@@ -1,9 +1,9 @@
-"""Batches of labelled images, in an order that the seed and the epoch determine."""
+"""Batches of images, in an order that the seed and the epoch determine."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from fastcl.train.data.images import Images, Unreadable
 
 
 class Loader:
-    """Batches (images, labels) of a data set: shuffled and whole for training, all in order otherwise.
+    """Batches (images, labels, indices) of a data set: shuffled and whole for training, else all in order.
 
     The order of an epoch depends on ``seed`` and the epoch only; ranks share its batches.
 
@@ -24,7 +24,8 @@ class Loader:
         batch_size: images per batch, on this rank.
         unreadable: told of files that could not be read.
         seed: of the order; None: in order.
-        rank: of this process among ``ranks``.
+        only: the places of the images to give in order; None: all.
+        rank: of this process among ``ranks``, in an order by ``seed``.
         ranks: how many processes share the data set.
     """
 
@@ -35,12 +36,15 @@ class Loader:
         unreadable: Unreadable,
         *,
         seed: int | None = None,
+        only: Sequence[int] | None = None,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        self.sampler: DistributedSampler[Any] | None = None  # Lightning tells it the epoch
+        self.sampler: DistributedSampler[Any] | Sequence[int] | None = None  # Lightning tells it the epoch
         if seed is not None:
             self.sampler = DistributedSampler(images, ranks, rank, shuffle=True, seed=seed, drop_last=True)
+        elif only is not None:
+            self.sampler = only
         self.batches: DataLoader[Any] = DataLoader(
             images,
             batch_size,
@@ -56,10 +60,10 @@ class Loader:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels, problems in self.batches:
+    def __iter__(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        for images, labels, indices, problems in self.batches:
             self.unreadable.report(problems)
-            yield images, labels
+            yield images, labels, indices
 
 
 def _ignore_interrupt(worker: int) -> None:

@@ -22,7 +22,7 @@ def _as_float(images: Tensor) -> Tensor:
 
 
 def photo_augmentation(
-    size: int | None, *, crop_min: float, jitter: float, blur: bool
+    size: int | None, *, crop: tuple[float, float], jitter: float, blur: bool
 ) -> Callable[[Tensor], Tensor]:
     """SimCLR's augmentation: crop, mirror, colour jitter, grey, blur. Its strengths differ by method.
 
@@ -30,7 +30,7 @@ def photo_augmentation(
 
     Args:
         size: side of the views; None: the images are crops already.
-        crop_min: smallest share of the image's area in a crop.
+        crop: smallest and largest share of the image's area in a crop.
         jitter: strength of the changes in brightness, contrast and saturation; hue is a quarter of it.
         blur: blur half of the images.
 
@@ -43,8 +43,7 @@ def photo_augmentation(
         K.RandomGrayscale(p=0.2),
     ]
     if size is not None:
-        crop = K.RandomResizedCrop((size, size), scale=(crop_min, 1.0), cropping_mode="resample")
-        steps.insert(0, crop)
+        steps.insert(0, K.RandomResizedCrop((size, size), scale=crop, cropping_mode="resample"))
     if blur:
         kernel = max(3, (size or 224) // 10 // 2 * 2 + 1)  # a tenth of the image, odd
         steps.append(K.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=0.5))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,16 +12,19 @@ from fastcl.train.data.images import Images, MemoryImages, Unreadable
 from fastcl.train.data.photos import normalize, photo_augmentation
 from fastcl.train.settings import Settings
 
+_SMALL_CROP = (0.05, 0.14)
+
 
 @dataclass(frozen=True, eq=False)
 class Source:
     """What a method trains on and is evaluated on.
 
     Attributes:
-        train: what the encoder learns from; files give two crops of each image.
+        train: what the encoder learns from; files give a crop per view of each image.
         bank: the same images for evaluation.
-        test: the images it is evaluated on.
-        augment: a batch of images of ``train`` to a batch of random views of them.
+        test: the images it is evaluated on; None: there are none.
+        classes: names of the labels, in order; empty: images without labels.
+        augment: per view, a batch of images of ``train`` to a batch of random views of them.
         normalize: a batch of images of ``bank`` and ``test`` to what the encoder takes.
         channels: of the images.
         image_size: side of the images.
@@ -30,25 +33,41 @@ class Source:
 
     train: Images
     bank: Images
-    test: Images
-    augment: Callable[[Tensor], Tensor]
+    test: Images | None
+    classes: tuple[str, ...]
+    augment: Sequence[Callable[[Tensor], Tensor]]
     normalize: Callable[[Tensor], Tensor]
     channels: int
     image_size: int
     unreadable: Unreadable
 
 
-def in_memory(settings: Settings, train: MemoryImages, test: MemoryImages) -> Source:
+def in_memory(
+    settings: Settings, train: MemoryImages, test: MemoryImages | None, classes: Sequence[str]
+) -> Source:
     """The source of images that are read already, within ``settings.limit``."""
-    train, test = (
-        MemoryImages(part.images[chosen], part.labels[chosen])
-        for part in (train, test)
-        for chosen in (first_per_class(part.labels, settings.limit),)
-    )
+    train, kept = _within(train, settings.limit), None if test is None else _within(test, settings.limit)
     channels, size = train.images.shape[1], settings.image_size or train.images.shape[-1]
-    augment = photo_augmentation(size, crop_min=settings.crop_min, jitter=settings.jitter, blur=settings.blur)
+    augment = [
+        photo_augmentation(side, crop=crop, jitter=settings.jitter, blur=settings.blur)
+        for side, crop in crops(settings, size)
+    ]
     unreadable = Unreadable(settings.max_unreadable)
-    return Source(train, train, test, augment, normalize, channels, size, unreadable)
+    return Source(train, train, kept, tuple(classes), augment, normalize, channels, size, unreadable)
+
+
+def crops(settings: Settings, size: int) -> list[tuple[int, tuple[float, float]]]:
+    """Per view, its side and the shares of the image that it may show: two views, then the small crops.
+
+    Caron et al. 2020, https://arxiv.org/abs/2006.09882, for the small ones.
+    """
+    small = settings.small_crop_size or max(1, round(size * 3 / 7))
+    return [(size, (settings.crop_min, 1.0))] * 2 + [(small, _SMALL_CROP)] * settings.small_crops
+
+
+def _within(images: MemoryImages, limit: int | None) -> MemoryImages:
+    chosen = first_per_class(images.labels, limit)
+    return MemoryImages(images.images[chosen], images.labels[chosen])
 
 
 def first_per_class(labels: Tensor, limit: int | None) -> Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
-from fastcl.train.evaluate.features import Features, stratified, take
+from fastcl.train.evaluate.features import Features, gather, stratified, summed, take
+
+_SHARES = {"linear_top1": 1.0, "linear_top1_10percent": 0.1, "linear_top1_1percent": 0.01}
 
 
 def linear_top1(
@@ -15,29 +15,35 @@ def linear_top1(
 ) -> float:
     """Share of test features that a linear classifier gets right which was fitted to the train features.
 
-    Multinomial logistic regression on standardized features by L-BFGS.
+    Multinomial logistic regression on standardized features by L-BFGS. Ranks add up the loss and its
+    gradient in each of its steps.
 
     Args:
-        train: what it is fitted to.
-        test: what it is measured on.
+        train: what it is fitted to, this rank's share.
+        test: what it is measured on, all of it on every rank.
         share: of the training labels that is used, the same of every class, at least one each.
         weight_decay: half of this times the squared weights is added to the mean loss.
         steps: of L-BFGS, at most.
     """
-    train = take(train, stratified(train.labels, share, torch.Generator().manual_seed(0)))
-    mean, std = train.values.mean(dim=0), train.values.std(dim=0, correction=0).clamp_min(1e-6)
+    train, count = _drawn(train, share)
+    mean, std = _moments(train.values, count)
     x, queries = (train.values - mean) / std, (test.values - mean) / std
-    classes = int(torch.maximum(train.labels.max(), test.labels.max())) + 1
+    labels = gather(train.labels)
+    classes = int(torch.maximum(labels.max(), test.labels.max())) + 1
     weight = x.new_zeros(classes, x.shape[1], requires_grad=True)
     bias = x.new_zeros(classes, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(x @ weight.T + bias, train.labels)
-        loss = loss + 0.5 * weight_decay * weight.square().sum()
+        loss = nn.functional.cross_entropy(x @ weight.T + bias, train.labels, reduction="sum") / count
         loss.backward()
-        return loss
+        assert weight.grad is not None
+        assert bias.grad is not None
+        loss = loss.detach()
+        summed(loss, weight.grad, bias.grad)
+        weight.grad += weight_decay * weight.detach()
+        return loss + 0.5 * weight_decay * weight.detach().square().sum()
 
     with torch.enable_grad():
         optimizer.step(closure)
@@ -45,10 +51,22 @@ def linear_top1(
     return (predicted == test.labels).double().mean().item()
 
 
-def evaluate_linear(bank: Features, queries: Features) -> Mapping[str, float]:
+def evaluate_linear(bank: Features, queries: Features) -> dict[str, float]:
     """The accuracies of linear classifiers from all, a tenth and a hundredth of the labels, by name."""
-    return {
-        "linear_top1": linear_top1(bank, queries),
-        "linear_top1_10percent": linear_top1(bank, queries, share=0.1),
-        "linear_top1_1percent": linear_top1(bank, queries, share=0.01),
-    }
+    return {name: linear_top1(bank, queries, share=share) for name, share in _SHARES.items()}
+
+
+def _drawn(own: Features, share: float) -> tuple[Features, int]:
+    """This rank's part of the drawn features, and how many all ranks have."""
+    indices, labels = gather(own.indices), gather(own.labels)
+    order = indices.argsort()
+    chosen = stratified(labels[order], share, torch.Generator().manual_seed(0))
+    return take(own, torch.isin(own.indices, indices[order][chosen])), len(chosen)
+
+
+def _moments(own: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    mean = own.sum(dim=0) / count
+    summed(mean)
+    variance = (own - mean).square().sum(dim=0) / count
+    summed(variance)
+    return mean, variance.sqrt().clamp_min(1e-6)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 import fastcl
+from fastcl.train.methods.base import Augment
 from fastcl.train.methods.moco import RECIPE as MOCO
 from fastcl.train.methods.moco import MoCo, MoCoSettings
 from fastcl.train.methods.registry import Recipe, register
+from fastcl.train.ranges import NonNegativeInt, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ _RECIPE: Recipe = {
 
 @register(
     "mochi",
-    "MoCo v2 with mixed hard negatives (Kalantidis et al. 2020)",
+    "MoCo v2 with mixed hard negatives (Kalantidis et al. 2020, arXiv 2010.01028)",
     settings=MoCHiSettings,
     recipe=_RECIPE,
 )
@@ -53,7 +54,7 @@ class MoCHi(MoCo):
     Args:
         encoder: images to features (N, features); what is kept after training.
         features: width of the encoder's output.
-        augment: a batch of images to a batch of random views of them; called once per view.
+        augment: as :class:`MoCo`'s.
         n_hard: how many of the queue's most similar keys are mixed from.
         n_mix: mixtures of two of them, per query.
         n_query_mix: mixtures of one of them with the query, per query.
@@ -65,7 +66,7 @@ class MoCHi(MoCo):
         self,
         encoder: nn.Module,
         features: int,
-        augment: Callable[[Tensor], Tensor],
+        augment: Augment | Sequence[Augment],
         *,
         n_hard: int = 1024,
         n_mix: int = 512,
@@ -79,9 +80,9 @@ class MoCHi(MoCo):
         self.n_query_mix = n_query_mix
         self.mix_from_epoch = mix_from_epoch
 
-    def loss(self, query: Tensor, key: Tensor) -> Tensor:
+    def contrast(self, query: Tensor, key: Tensor) -> Tensor:
         if self.current_epoch < self.mix_from_epoch:
-            return super().loss(query, key)
+            return super().contrast(query, key)
         return fastcl.mochi_loss(
             query,
             key,

@@ -20,7 +20,7 @@ class Registration:
     Attributes:
         name: on the command line and of the checkpoint's file.
         summary: one line for the help, with the paper.
-        trainer: what is trained; its arguments are ``dim``, ``temperature``, ``optimization`` and the options
+        trainer: what is trained; its arguments are ``dim``, ``optimization`` and the options
             that ``settings`` adds to :class:`Settings`.
         settings: its options.
         recipe: by kind of images, the defaults that differ from those of the kind and of ``settings``.
@@ -52,7 +52,9 @@ class Registration:
         own = {
             option.name: option.default for option in fields(self.settings) if option.default is not MISSING
         }
-        return {**own, **KINDS[kind], **self.recipe[kind]}
+        known = {option.name for option in fields(self.settings)}
+        of_kind = {name: value for name, value in KINDS[kind].items() if name in known}
+        return {**own, **of_kind, **self.recipe[kind]}
 
 
 METHODS: dict[str, Registration] = {}

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-import torch
 from torch import Tensor, nn
 
 import fastcl
-from fastcl.train.evaluate.pairs import measure_pairs
-from fastcl.train.methods.base import Batch, Method, projection_head
+from fastcl.similarity.checks import check_choice
+from fastcl.train.methods.base import Augment, projection_head
 from fastcl.train.methods.registry import Recipe, register
+from fastcl.train.methods.siamese import Siamese
 from fastcl.train.optimizers import Optimization
+from fastcl.train.schedules import Value
+from fastcl.train.settings import ContrastiveSettings
 
 _DEFAULT = Optimization("lars", lr=4.8, weight_decay=1e-6, warmup_epochs=10)
+_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "nt_xent": fastcl.nt_xent,
+    "decoupled": fastcl.decoupled_loss,
+    "hard_negative": fastcl.hard_negative_loss,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimCLRSettings(ContrastiveSettings):
+    """SimCLR's own."""
+
+    loss: Annotated[
+        str,
+        "'nt_xent', 'decoupled' (Yeh et al. 2022, arXiv 2110.06848) or 'hard_negative' (Robinson et al. "
+        "2021, arXiv 2010.04592).",
+    ] = "nt_xent"
+
 
 _RECIPE: Recipe = {
     "digits": {},
@@ -27,9 +48,12 @@ _RECIPE: Recipe = {
 
 
 @register(
-    "simclr", "two views of an image find each other among the batch (Chen et al. 2020)", recipe=_RECIPE
+    "simclr",
+    "two views of an image find each other among the batch (Chen et al. 2020, arXiv 2002.05709)",
+    settings=SimCLRSettings,
+    recipe=_RECIPE,
 )
-class SimCLR(Method):
+class SimCLR(Siamese):
     """SimCLR: two random views of each image must find each other among all views of the batch.
 
     Chen et al. 2020, https://arxiv.org/abs/2002.05709. With several processes the batch is that of all.
@@ -37,29 +61,37 @@ class SimCLR(Method):
     Args:
         encoder: images to features (N, features); what is kept after training.
         features: width of the encoder's output.
-        augment: a batch of images to a batch of random views of them; called once per view.
+        augment: a batch of images to one of random views of them; or one function per view.
         dim: width of the projection, on which the loss is computed.
-        temperature: of the loss.
-        optimization: the optimizer and its schedule.
+        temperature: of the loss; a number, or a schedule of it.
+        loss: 'nt_xent', 'decoupled' (:func:`fastcl.decoupled_loss`) or 'hard_negative'
+            (:func:`fastcl.hard_negative_loss`).
+        optimization: the optimizer and its schedules.
+
+    Raises:
+        ValueError: an unknown loss.
     """
+
+    views_share_batch_norm = True
+    temperature: float
 
     def __init__(
         self,
         encoder: nn.Module,
         features: int,
-        augment: Callable[[Tensor], Tensor],
+        augment: Augment | Sequence[Augment],
         *,
         dim: int = 128,
-        temperature: float = 0.1,
+        temperature: Value = 0.1,
+        loss: str = "nt_xent",
         optimization: Optimization = _DEFAULT,
     ) -> None:
-        super().__init__(encoder, augment, temperature=temperature, optimization=optimization)
-        self.projector = projection_head(features, dim, batch_norm=True)
+        check_choice("loss", loss, tuple(_LOSSES))
+        projector = projection_head(features, dim, batch_norm=True)
+        super().__init__(encoder, augment, projector=projector, optimization=optimization)
+        self.schedule(temperature=temperature)
+        self.objective: Any = _LOSSES[loss]
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        view1, view2, *_ = batch
-        z1, z2 = self.projector(self.encoder(torch.cat([view1, view2]))).chunk(2)
-        with self.timed("loss"):
-            loss = fastcl.nt_xent(z1, z2, self.temperature, group=self.group)
-        self.record(loss, lambda: measure_pairs(z1, z2), batch_idx)
+    def compare(self, online: Tensor, target: Tensor) -> Tensor:
+        loss: Tensor = self.objective(target, online, self.temperature, group=self.group)
         return loss

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastcl
-from fastcl.train.evaluate.pairs import measure_pairs
-from fastcl.train.methods.base import Batch, Method, projection_head
+from fastcl.train.methods.base import Augment, Batch, Method, Rows, projection_head
 from fastcl.train.methods.registry import Recipe, register
 from fastcl.train.optimizers import Optimization
+from fastcl.train.schedules import Value
+from fastcl.train.settings import ContrastiveSettings
 
 _DEFAULT = Optimization("sgd", lr=0.5, warmup_epochs=10)
 
@@ -26,7 +28,12 @@ _RECIPE: Recipe = {
 }
 
 
-@register("supcon", "views of one class find each other among the batch (Khosla et al. 2020)", recipe=_RECIPE)
+@register(
+    "supcon",
+    "views of one class find each other among the batch (Khosla et al. 2020, arXiv 2004.11362)",
+    settings=ContrastiveSettings,
+    recipe=_RECIPE,
+)
 class SupCon(Method):
     """SupCon: views of the same class must find each other among all views of the batch.
 
@@ -35,31 +42,32 @@ class SupCon(Method):
     Args:
         encoder: images to features (N, features); what is kept after training.
         features: width of the encoder's output.
-        augment: a batch of images to a batch of random views of them; called once per view.
+        augment: a batch of images to one of random views of them; or one function per view.
         dim: width of the projection, on which the loss is computed.
-        temperature: of the loss.
-        optimization: the optimizer and its schedule.
+        temperature: of the loss; a number, or a schedule of it.
+        optimization: the optimizer and its schedules.
     """
+
+    needs_labels = True
+    temperature: float
 
     def __init__(
         self,
         encoder: nn.Module,
         features: int,
-        augment: Callable[[Tensor], Tensor],
+        augment: Augment | Sequence[Augment],
         *,
         dim: int = 128,
-        temperature: float = 0.1,
+        temperature: Value = 0.1,
         optimization: Optimization = _DEFAULT,
     ) -> None:
-        super().__init__(encoder, augment, temperature=temperature, optimization=optimization)
+        super().__init__(encoder, augment, optimization=optimization)
         self.projector = projection_head(features, dim, batch_norm=False)
+        self.schedule(temperature=temperature)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        view1, view2, labels = batch
-        z1, z2 = self.projector(self.encoder(torch.cat([view1, view2]))).chunk(2)
-        with self.timed("loss"):
-            loss = fastcl.sup_con(
-                torch.stack([z1, z2], dim=1), labels, temperature=self.temperature, group=self.group
-            )
-        self.record(loss, lambda: measure_pairs(z1, z2), batch_idx)
-        return loss
+    def embed(self, views: Sequence[Any]) -> Rows:
+        return tuple(self.rows(nn.Sequential(self.encoder, self.projector), views))
+
+    def loss(self, embedded: Rows, targets: Rows, batch: Batch) -> Tensor:
+        features = torch.stack(embedded, dim=1)
+        return fastcl.sup_con(features, batch.labels, temperature=self.temperature, group=self.group)

@@ -1,0 +1,102 @@
+"""Every method on a subset of CIFAR-10, a few minutes each: ``python -m bench.accuracy FOLDER [METHOD ...]``.
+
+FOLDER holds CIFAR-10 as train/ and test/ with a folder of images per class. 12,000 of its training images at
+16 pixels train a resnet8. Each run's metrics.csv goes to bench/results/cifar10-subset, from which a table and
+a picture of all curves are made anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from fastcl.train.methods import METHODS
+
+RESULTS = Path(__file__).parent / "results" / "cifar10-subset"
+SHARED = (
+    *("--limit=12000", "--image-size=16", "--arch=resnet8", "--epochs=8", "--batch-size=256"),
+    *("--optimizer=adamw", "--lr=2e-3", "--weight-decay=1e-4", "--warmup-epochs=1", "--evaluate-every=2"),
+)
+OWN = {
+    "moco": ("--queue-size=4096", "--momentum=0.99"),
+    "mochi": ("--queue-size=4096", "--momentum=0.99", "--mix-from-epoch=3"),
+    "byol": ("--dim=128", "--hidden=512"),
+    "simsiam": ("--dim=512", "--hidden=128"),
+    "vicreg": ("--dim=512", "--hidden=512"),
+    "barlow-twins": ("--dim=512", "--hidden=512"),
+    "moco-v3": ("--dim=128", "--hidden=512"),
+}
+BOUNDS = {"simclr": 0.10, "moco": 0.10, "byol": 0.10}
+OTHERS_BOUND = 0.05
+
+
+def main() -> None:
+    """Train, copy the metrics, and write table and picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    given = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for method in given.methods:
+        for seed in given.seeds:
+            train(method, seed, given.folder)
+    report()
+
+
+def command(method: str, seed: int, folder: Path, out: Path) -> list[str]:
+    """What is typed for one run."""
+    return [
+        *("fastcl", "train", method, f"--data={folder}", *SHARED, *OWN.get(method, ())),
+        *(f"--seed={seed}", f"--out={out}"),
+    ]
+
+
+def train(method: str, seed: int, folder: Path) -> None:
+    """One run; an interrupted one goes on."""
+    out = Path("runs") / "cifar10-subset" / f"{method}-{seed}"
+    fastcl, *arguments = command(method, seed, folder, out)
+    subprocess.run([Path(sys.executable).with_name(fastcl), *arguments, "--resume"], check=True)
+    shutil.copy(out / "metrics.csv", RESULTS / f"{method}-{seed}.csv")
+
+
+def report() -> None:
+    """The table and the picture of all runs in :data:`RESULTS`."""
+    runs = {path.stem: _rows(path) for path in sorted(RESULTS.glob("*.csv"))}
+    text = ["| method, seed | knn_top1 untrained | trained | gain | bound |", "|---|--:|--:|--:|--:|"]
+    for name, rows in runs.items():
+        before, after = (float(rows[place]["knn_top1"]) for place in (0, -1))
+        bound = BOUNDS.get(name.rpartition("-")[0], OTHERS_BOUND)
+        text.append(f"| {name} | {before:.3f} | {after:.3f} | {after - before:+.3f} | {bound:.2f} |")
+    table = "\n".join(text) + "\n"
+    print(table)
+    example = command("METHOD", 0, Path("FOLDER"), Path("OUT"))
+    (RESULTS / "README.md").write_text(f"```sh\n{' '.join(example)}  # and METHOD's own\n```\n\n{table}")
+    _draw(runs)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _draw(runs: dict[str, list[dict[str, str]]]) -> None:
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, rows in runs.items():
+        found = [(int(row["epoch"]), float(row["knn_top1"])) for row in rows if row["knn_top1"]]
+        axes.plot(*zip(*found, strict=True), ".-", label=name)
+    axes.set(title="CIFAR-10 subset, resnet8", xlabel="epoch", ylabel="nearest-neighbour accuracy")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(RESULTS / "curves.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()

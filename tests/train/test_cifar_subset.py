@@ -1,0 +1,33 @@
+"""The benchmark of all methods on a subset of CIFAR-10: its commands can be run, its table is right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastcl.train")
+
+from bench import accuracy
+from fastcl.train.methods import METHODS
+from fastcl.train.options import parse
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_command_has_options_that_its_method_takes(method: str, tmp_path: Path) -> None:
+    fastcl, train, name, *options = accuracy.command(method, 3, Path("digits"), tmp_path)
+    assert (fastcl, train, name) == ("fastcl", "train", method)
+    recipe = METHODS[method]
+    settings = recipe.settings(**{**recipe.defaults("small"), **parse(method, options)})
+    assert (settings.epochs, settings.seed, settings.out) == (8, 3, tmp_path)
+
+
+def test_the_table_has_what_training_gained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "RESULTS", tmp_path)
+    (tmp_path / "byol-0.csv").write_text("epoch,knn_top1\n0,0.25\n1,\n2,0.375\n")
+    (tmp_path / "moco-v3-1.csv").write_text("epoch,knn_top1\n0,0.25\n1,0.2\n")
+    accuracy.report()
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    assert "| byol-0 | 0.250 | 0.375 | +0.125 | 0.10 |" in lines
+    assert "| moco-v3-1 | 0.250 | 0.200 | -0.050 | 0.05 |" in lines
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -17,15 +17,11 @@ _IMPORT = re.compile(r"^from fastcl import (.+)$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Method:
-    """A paper's method.
-
-    ``trainer``: of ``fastcl train``, if there is one. ``over``: the functions it is made of.
-    """
+    """A paper's method; ``over``: the functions it is made of."""
 
     name: str
     year: int
     paper: str
-    trainer: str = ""
     over: tuple[str, ...] = ()
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import posixpath
+import re
 from collections.abc import Iterable
 
-from catalogue import Page, losses, recipes
+from catalogue import Method, Page, losses, recipes
 
 import fastcl
 from fastcl import train
@@ -36,17 +37,26 @@ def _function(name: str, source: str) -> str:
     return f"[`{name}`]({_to(target, source)}#fastcl.{name})"
 
 
+def trainer_of(method: Method) -> str:
+    """What ``fastcl train`` calls the trainer whose docstring has the method's paper; empty without one."""
+    for name, registered in METHODS.items():
+        if method.paper in re.findall(r"https://[^\s,;)]*\w", registered.trainer.__doc__ or ""):
+            return name
+    return ""
+
+
 def literature(source: str) -> str:
     """Every method: its loss, its page, its trainer, its test."""
     rows = []
     for page in (*losses(), *recipes()):
         for method in page.methods:
+            trainer = trainer_of(method)
             row = [
                 f"[{method.name}]({method.paper})",
                 str(method.year),
                 ", ".join(_function(name, source) for name in method.over),
                 f"[{'recipe' if page.is_recipe else 'loss'}]({_to(page.source, source)})",
-                f"[`{method.trainer}`]({_to('training.md', source)})" if method.trainer else "&ndash;",
+                f"[`{trainer}`]({_to('training.md', source)})" if trainer else "&ndash;",
                 f"`{page.test.removeprefix('tests/')}`",
             ]
             rows.append((method.name.lower(), row))
@@ -76,11 +86,11 @@ def facts(page: Page) -> str:
     rows.append(["Memory", page.memory])
     over_ranks = _takes_group(page)
     if over_ranks:
-        names = ", ".join(f"`{name}({options})`" for name, options in over_ranks.items())
-        rows.append([f"[Over ranks]({_to('processes.md', page.source)})", names])
-    trainers = dict.fromkeys(m.trainer for m in page.methods if m.trainer)
-    if trainers:
-        rows.append(["Trainer", ", ".join(f"`fastcl train {name}`" for name in trainers)])
+        calls = ", ".join(f"`{name}({options})`" for name, options in over_ranks.items())
+        rows.append([f"[Over ranks]({_to('processes.md', page.source)})", calls])
+    names = dict.fromkeys(filter(None, map(trainer_of, page.methods)))
+    if names:
+        rows.append(["Trainer", ", ".join(f"`fastcl train {name}`" for name in names)])
     rows.append(["Tested by", f"`{page.test}`"])
     (first, *rest) = rows
     return _table(first, rest)

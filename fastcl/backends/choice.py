@@ -24,8 +24,8 @@ _warned = False
 class use_backend:  # noqa: N801  (a function that is also a context manager)
     """Select the backend of every following call, or of the calls inside a ``with`` block.
 
-    The selection is the process's, not a thread's: threads whose ``with`` blocks overlap disturb each other, and
-    should pass ``backend=`` where a function takes it.
+    The selection is the process's, not a thread's: threads whose ``with`` blocks overlap disturb each
+    other, and should pass ``backend=`` where a function takes it.
 
     Args:
         name: 'reference', 'chunked', 'cpu', 'triton', 'cuda', or 'auto' (the default: the first

@@ -142,6 +142,18 @@ def _pairs_scale_and_bias(case: Case) -> Arguments:
     return *_pairs_and_scale(case), bias
 
 
+def _prototypes(views: int, teachers: int, case: Case) -> Arguments:
+    """The rows of the views and of the teachers, and the prototypes of both."""
+    query, target_query = (
+        _leaf(case, torch.randn(count, case.rows, case.dim, generator=_generator(seed)))
+        for seed, count in ((5, views), (6, teachers))
+    )
+    key, target_key = (
+        _leaf(case, torch.randn(case.keys, case.dim, generator=_generator(seed))) for seed in (7, 8)
+    )
+    return query, key, target_query.detach(), target_key.detach()
+
+
 def _classes(case: Case) -> Arguments:
     first, second = _views(case)
     features = torch.stack([first, second], dim=1).detach().requires_grad_()
@@ -179,6 +191,12 @@ def _registered(name: str, arguments: Callable[[Case], Arguments], **options: An
     return Loss(loss.function, loss.dense, arguments, **options)
 
 
+def _soft_cross_entropy(views: int, teachers: int) -> Loss:
+    arguments = partial(_prototypes, views, teachers)
+    functions = fastcl.soft_cross_entropy, testing.dense_soft_cross_entropy
+    return Loss(*functions, arguments, views=views, options={"temperature": 0.1, "target_temperature": 0.05})
+
+
 LOSSES = {
     "nt_xent": _registered(
         "nt_xent",
@@ -211,6 +229,8 @@ LOSSES = {
     ),
     "clip_loss": _registered("clip_loss", _pairs_and_scale),
     "siglip_loss": Loss(fastcl.siglip_loss, testing.dense_siglip_loss, _pairs_scale_and_bias),
+    "soft_cross_entropy": _soft_cross_entropy(1, 1),
+    "dino": _soft_cross_entropy(8, 2),
     "sup_con": _registered(
         "sup_con",
         _classes,
@@ -271,6 +291,9 @@ _GRID = (
     Case("siglip_loss", 4096, 128),
     Case("siglip_loss", 4096, 128, dtype=_BFLOAT16),
     Case("siglip_loss", 16384, 64, sides=(FASTCL,)),
+    Case("soft_cross_entropy", 256, 128, keys=8192),
+    Case("soft_cross_entropy", 512, 256, keys=65_536, sides=(PLAIN, FASTCL)),
+    Case("dino", 64, 128, keys=8192),
     Case("sup_con", 512, 128, classes=100, sides=SIDES),
     Case("decoupled_loss", 1024, 128),
     Case("hard_negative_loss", 1024, 128),

@@ -115,7 +115,7 @@ def _topk(n: int, m: int, d: int, k: int, dtype: torch.dtype = torch.float32) ->
 
 
 def _loss(name: str, rows: int, dtype: torch.dtype = torch.float32) -> Cell:
-    keys = _KEYS if name in ("info_nce_negatives", "moco", "mochi") else 0
+    keys = _KEYS if name in ("info_nce_negatives", "moco", "mochi", "soft_cross_entropy", "dino") else 0
     case = Case(name, rows, 128, keys=keys, classes=10, dtype=dtype)
 
     def make() -> tuple[Function, Function, Arguments]:

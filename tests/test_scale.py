@@ -27,6 +27,8 @@ def step(rows):
         loss = fastcl.nt_xent(z1, z2)
     elif call == "sup_con":
         loss = fastcl.sup_con(torch.stack([z1, z2], 1), torch.arange(rows) % 100)
+    elif call == "siglip_loss":
+        loss = fastcl.siglip_loss(z1, z2, 10.0, -10.0)
     elif call == "clip_loss":
         loss = fastcl.clip_loss(z1, z2, 10.0, reduction="none").sum()
     else:
@@ -41,8 +43,8 @@ with fastcl.use_backend(backend):
 """
 
 
-CALLS = [("cpu", 16384, call) for call in ("nt_xent", "sup_con", "clip_loss", "top-k")]
-CALLS += [("chunked", 4096, call) for call in ("sup_con", "clip_loss")]
+CALLS = [("cpu", 16384, call) for call in ("nt_xent", "sup_con", "clip_loss", "siglip_loss", "top-k")]
+CALLS += [("chunked", 4096, call) for call in ("sup_con", "clip_loss", "siglip_loss")]
 
 
 @pytest.mark.parametrize(("name", "rows", "call"), CALLS)
@@ -52,6 +54,34 @@ def test_no_matrix_of_all_pairs_is_stored(name, rows, call):
     # plain PyTorch keeps at least three such matrices, 'chunked' a number of 8 MiB tiles
     matrix = rows * rows * 4 / 2**20
     assert grown < 180 < 3 * matrix, f"{grown:.0f} MiB, one matrix is {matrix:.0f} MiB"
+
+
+PROTOTYPES = """
+import resource
+import torch, fastcl
+
+torch.set_num_threads(2)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def step(query, key, target_query, target_key):
+    fastcl.soft_cross_entropy(query, key, target_query, target_key).backward()
+    return sum(x.grad.nbytes for x in (query, key)) / 2**20
+
+def inputs(rows, keys):
+    shapes = (rows, keys, rows, keys)
+    return [torch.randn(n, 256, requires_grad=i < 2) for i, n in enumerate(shapes)]
+
+step(*inputs(8, 64))
+large = inputs(512, 65536)
+before = peak()
+gradients = step(*large)
+print(peak() - before - gradients)
+"""
+
+
+def test_soft_targets_need_little_beyond_inputs_and_gradients():
+    run = subprocess.run([sys.executable, "-c", PROTOTYPES], stdout=subprocess.PIPE, text=True, check=True)
+    assert float(run.stdout) < 64
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastcl.losses.families.many_positives import ManyPositives
 from fastcl.losses.families.mochi import Mochi
 from fastcl.losses.families.one_positive import OnePositive
-from fastcl.similarity.problem import LogisticNeeds, Needs, Problem, TopK
+from fastcl.similarity.problem import LogisticNeeds, Needs, Problem, SoftTargetNeeds, SoftTargets, TopK
 
 WholeLoss = OnePositive | ManyPositives
 
@@ -69,6 +69,10 @@ def _not_computed(*args: Any) -> Any:
     raise NotImplementedError("the backend says that it serves this call, but has no function for it")
 
 
+def _nothing_to_keep(args: SoftTargets) -> int:
+    return 0
+
+
 @dataclass(frozen=True)
 class Backend:
     """A backend's name, what it cannot do, and its functions, each on prepared and checked arguments.
@@ -97,6 +101,15 @@ class Backend:
     logistic_backward: Callable[[Problem, Tensor, Tensor, LogisticNeeds], tuple[Tensor | None, ...]] = (
         _not_computed
     )
+    # (args, kept) -> losses (V, N); state (2 (V + T), N): maximum and sum of each view's softmax, then of
+    # each teacher's; and (kept,), logits for the backward pass
+    soft_cross_entropy: Callable[[SoftTargets, int], tuple[Tensor, Tensor, Tensor]] = _not_computed
+    # (args, gradient of the losses, state, kept, needs) -> gradients, as SoftTargetNeeds orders them
+    soft_cross_entropy_backward: Callable[
+        [SoftTargets, Tensor, Tensor, Tensor, SoftTargetNeeds], tuple[Tensor | None, ...]
+    ] = _not_computed
+    # how many logits of all softmaxes are worth keeping between the passes
+    logits_to_keep: Callable[[SoftTargets], int] = _nothing_to_keep
     # values and indices, (N, k) each
     topk: Callable[[TopK], tuple[Tensor, Tensor]] = _not_computed
     # losses (N,) and, for an incoming 1 per row, gradients of query, positive (N, D) and scale (N,)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcl.backends.base import Backend
-from fastcl.backends.reference import best, enqueue, excluded_pairs, pair_masks
+from fastcl.backends.reference import best, enqueue, excluded_pairs, kept_pairs, pair_masks
 from fastcl.losses.families.mochi import Mochi
 from fastcl.losses.families.one_positive import NEGATIVES, OnePositive
 from fastcl.similarity.fields import (
@@ -42,6 +42,8 @@ from fastcl.similarity.problem import (
     PairGradients,
     Prepared,
     Problem,
+    SoftTargetNeeds,
+    SoftTargets,
     TopK,
     input_gradients,
     prepare,
@@ -153,6 +155,76 @@ def logistic_backward(
     pairs = PairGradients(query_sum, key_sum, None)
     of_inputs = input_gradients(problem, prepared, pairs, Needs(*needs[:-1], False, False))
     return (*of_inputs[: len(needs) - 1], grad_bias)
+
+
+def soft_cross_entropy(args: SoftTargets, kept_logits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses (V, N), of each view's and each teacher's softmax the maximum and the sum, and no logits."""
+    views, teachers = _Softmaxes(args, False), _Softmaxes(args, True)
+    new, rows = views.prepared.query.new_zeros, args.query.shape[1]
+    losses, state = new(views.count, rows), new(2 * (views.count + teachers.count), rows)
+    of_views, of_teachers = state.unflatten(0, (-1, 2)).split([views.count, teachers.count])
+    for chunk in row_chunks(*args.counts()):
+        kept = kept_pairs(args, chunk)
+        for teacher in range(teachers.count):
+            of_teachers[teacher, :, chunk] = _max_sum(teachers.logits2(teacher, chunk), kept)
+        target = teachers.mean(of_teachers, kept, chunk)
+        for view in range(views.count):
+            logits2 = views.logits2(view, chunk)
+            maximum, total = of_views[view, :, chunk] = _max_sum(logits2, kept)
+            distances = (_finite(maximum)[:, None] - logits2).where(kept, 0.0)
+            losses[view, chunk] = (
+                (target * distances).sum(dim=1) + total.where(total != 0, 1.0).log2()
+            ) * LN2
+    return losses, state, new(0)
+
+
+def soft_cross_entropy_backward(
+    args: SoftTargets, grad: Tensor, state: Tensor, kept_logits: Tensor, needs: SoftTargetNeeds
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key and scale from that of the losses (V, N)."""
+    views, teachers = _Softmaxes(args, False), _Softmaxes(args, True)
+    of_views, of_teachers = state.unflatten(0, (-1, 2)).split([views.count, teachers.count])
+    unit = views.prepared
+    query_sum = torch.zeros_like(unit.query) if needs.query or needs.scale else None
+    key_sum = torch.zeros_like(unit.key) if needs.key else None
+    for chunk in row_chunks(*args.counts()):
+        kept = kept_pairs(args, chunk)
+        target = teachers.mean(of_teachers, kept, chunk)
+        for view in range(views.count):
+            own = _weights(views.logits2(view, chunk), kept, of_views[view, :, chunk])
+            dlogits = (own - target) * grad[view, chunk, None]
+            if query_sum is not None:
+                query_sum[views.rows(view, chunk)] = dlogits @ unit.key
+            if key_sum is not None:
+                key_sum += dlogits.T @ unit.query[views.rows(view, chunk)]
+    pairs = PairGradients(query_sum, key_sum, None)
+    grad_query, *others = input_gradients(views.problem, unit, pairs, Needs(*needs, False, False))
+    return None if grad_query is None else grad_query.view(args.query.shape), *others[: len(needs) - 1]
+
+
+class _Softmaxes:
+    """The views' softmaxes over the keys, or the teachers'."""
+
+    def __init__(self, args: SoftTargets, of_teachers: bool) -> None:
+        query, key, scale, bias = args.query, args.key, args.scale, None
+        if of_teachers:
+            query, key, scale, bias = args.target_query, args.target_key, args.target_scale, args.target_bias
+        self.count, self._rows, _ = query.shape
+        self.problem = Problem(query.flatten(0, 1), key, scale, bias, normalize=args.normalize)
+        self.prepared = prepare(self.problem)
+        self._dtype = compute_dtype(args.query.dtype)
+
+    def rows(self, index: int, chunk: slice) -> slice:
+        return slice(index * self._rows + chunk.start, index * self._rows + chunk.stop)
+
+    def logits2(self, index: int, chunk: slice) -> Tensor:
+        return _logits2(self.problem, self.prepared, self.rows(index, chunk)).to(self._dtype)
+
+    def mean(self, states: Tensor, kept: Tensor, chunk: slice) -> Tensor:
+        total = torch.zeros(kept.shape, dtype=self._dtype, device=kept.device)
+        for index in range(self.count):
+            total += _weights(self.logits2(index, chunk), kept, states[index, :, chunk])
+        return total / self.count
 
 
 def empty_state(like: Tensor, count: int) -> Tensor:
@@ -317,6 +389,8 @@ BACKEND = Backend(
     stats_backward=stats_backward,
     logistic=logistic,
     logistic_backward=logistic_backward,
+    soft_cross_entropy=soft_cross_entropy,
+    soft_cross_entropy_backward=soft_cross_entropy_backward,
     topk=topk,
     mochi=mochi,
     enqueue=enqueue,

@@ -8,19 +8,21 @@ import torch
 from torch import Tensor
 
 from fastcl.backends import native, reference
-from fastcl.backends.base import Backend, Request, no_kernel_for
+from fastcl.backends.base import Backend, Request
 from fastcl.losses.families.many_positives import ManyPositives
 from fastcl.losses.families.mochi import Mochi
 from fastcl.losses.families.one_positive import OnePositive
 from fastcl.similarity.numerics import LOG2E, compute_dtype
-from fastcl.similarity.problem import LogisticNeeds, Needs, Problem, TopK
+from fastcl.similarity.problem import LogisticNeeds, Needs, Problem, SoftTargetNeeds, SoftTargets, TopK
 
 _native = torch.ops.fastcl_native
+_LANE_UNIT = 32  # as the extension pads rows of logits
+_MAX_KEPT_BYTES = 32 << 20
 
 
 def unsupported_reasons(request: Request) -> list[str]:
     """What keeps the kernels from serving ``request``."""
-    reasons = no_kernel_for(request) if request.sums != "similarity_logistic" else []
+    reasons = []
     if request.device.type != "cpu":
         reasons.append(f"inputs are on {request.device}, it takes CPU tensors")
     return reasons
@@ -69,6 +71,39 @@ def logistic_backward(
     inputs = (problem.query, problem.key, problem.scale, bias)
     return tuple(
         grad.to(x.dtype) if want else None for grad, x, want in zip(grads, inputs, needs, strict=True)
+    )
+
+
+def logits_to_keep(args: SoftTargets) -> int:
+    """All, if they are few: the backward pass forms none then; or none."""
+    rows, keys = args.counts()
+    softmaxes = args.query.shape[0] + args.target_query.shape[0]
+    logits = softmaxes * (-(-rows // _LANE_UNIT) * _LANE_UNIT) * keys
+    return logits if logits * compute_dtype(args.query.dtype).itemsize <= _MAX_KEPT_BYTES else 0
+
+
+def soft_cross_entropy(args: SoftTargets, kept: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`fastcl.backends.chunked.soft_cross_entropy`."""
+    outputs: tuple[Tensor, Tensor, Tensor] = _native.soft_cross_entropy(*_native_soft_targets(args), kept)
+    return outputs
+
+
+def soft_cross_entropy_backward(
+    args: SoftTargets, grad: Tensor, state: Tensor, kept: Tensor, needs: SoftTargetNeeds
+) -> tuple[Tensor | None, ...]:
+    """As :func:`fastcl.backends.chunked.soft_cross_entropy_backward`."""
+    bits = sum(bit << i for i, bit in enumerate(needs))
+    grads = _native.soft_cross_entropy_backward(*_native_soft_targets(args), grad, state, kept, bits)
+    inputs = (args.query, args.key, args.scale)
+    return tuple(
+        grad.to(x.dtype) if want else None for grad, x, want in zip(grads, inputs, needs, strict=True)
+    )
+
+
+def _native_soft_targets(args: SoftTargets) -> SoftTargets:
+    bias = args.target_bias
+    return args._replace(
+        target_bias=None if bias is None else bias.to(compute_dtype(args.query.dtype)) * LOG2E
     )
 
 
@@ -126,6 +161,9 @@ BACKEND = Backend(
     stats_backward=stats_backward,
     logistic=logistic,
     logistic_backward=logistic_backward,
+    soft_cross_entropy=soft_cross_entropy,
+    soft_cross_entropy_backward=soft_cross_entropy_backward,
+    logits_to_keep=logits_to_keep,
     topk=topk,
     mochi=mochi,
     enqueue=reference.enqueue,

@@ -15,6 +15,7 @@ from fastcl.backends.base import Backend
 from fastcl.losses.families.mochi import Mochi
 from fastcl.similarity.fields import STATISTICS, Statistics
 from fastcl.similarity.numerics import (
+    compute_dtype,
     masked_logsumexp,
     product,
     row_dot,
@@ -22,7 +23,7 @@ from fastcl.similarity.numerics import (
     unit_rows,
     without_autocast,
 )
-from fastcl.similarity.problem import Problem, TopK
+from fastcl.similarity.problem import Problem, SoftTargets, TopK
 from fastcl.similarity.rules import PairSets, unflattened
 
 
@@ -136,6 +137,45 @@ def logistic(problem: Problem, bias: Tensor) -> Tensor:
         sums = [softplus(shifted).where(negative, 0.0).sum(dim=1)]
         sums.append(softplus(-shifted).where(positive, 0.0).sum(dim=1))
         return torch.stack(sums)
+
+
+def soft_cross_entropy(args: SoftTargets) -> Tensor:
+    """Cross-entropy (V, N) of each view's softmax with the mean of the teachers', formed as matrices."""
+    with without_autocast(args.query.device):
+        kept = kept_pairs(args)
+        unit_query, unit_key = (unit_rows(x, args.normalize) for x in (args.query, args.key))
+        target, dtype = _mean_target(args, kept), unit_query.dtype
+        losses = []
+        for view in unit_query:
+            pair_logits = product(view, unit_key.T) * args.scale.to(dtype)
+            log_p = _filled(pair_logits, kept).log_softmax(dim=1).where(kept, 0.0)
+            losses.append(-(target * log_p).sum(dim=1))
+        return torch.stack(losses)
+
+
+def kept_pairs(args: SoftTargets, rows: slice = slice(None)) -> Tensor:
+    """Which pairs of ``rows`` x all keys are not excluded."""
+    sets = unflattened(args.exclude)
+    within = args.within_query, args.within_key
+    return candidates(sets, *within, args.exclude_keys, args.counts(), rows, args.query)
+
+
+def _mean_target(args: SoftTargets, kept: Tensor) -> Tensor:
+    """The mean of the teachers' softmaxes over the kept pairs, 0 elsewhere."""
+    dtype, softmaxes = compute_dtype(args.query.dtype), []
+    key = unit_rows(args.target_key.to(dtype), args.normalize)
+    for teacher in unit_rows(args.target_query.to(dtype), args.normalize):
+        pair_logits = product(teacher, key.T) * args.target_scale.to(dtype)
+        if args.target_bias is not None:
+            pair_logits = pair_logits + args.target_bias.to(dtype)
+        softmaxes.append(_filled(pair_logits, kept).softmax(dim=1).where(kept, 0.0))
+    return torch.stack(softmaxes).mean(dim=0)
+
+
+def _filled(pair_logits: Tensor, kept: Tensor) -> Tensor:
+    """Of which a softmax is over the kept pairs, and finite without any."""
+    empty = ~kept.any(dim=1, keepdim=True)
+    return pair_logits.masked_fill(~kept, -torch.inf).masked_fill(empty, 0.0)
 
 
 def topk(args: TopK) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,15 @@ from fastcl.losses.families.mochi import Mochi
 from fastcl.losses.families.one_positive import OnePositive
 from fastcl.similarity.fields import STATE, STATISTICS
 from fastcl.similarity.numerics import compute_dtype, without_autocast
-from fastcl.similarity.problem import PROBLEM_FIELDS, LogisticNeeds, Needs, Problem, TopK
+from fastcl.similarity.problem import (
+    PROBLEM_FIELDS,
+    LogisticNeeds,
+    Needs,
+    Problem,
+    SoftTargetNeeds,
+    SoftTargets,
+    TopK,
+)
 
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor scale, Tensor? key_bias, Tensor? key_scale, "
@@ -35,6 +43,19 @@ library.define(f"logistic({_PROBLEM}, Tensor bias, str backend) -> Tensor")
 library.define(
     f"logistic_backward({_PROBLEM}, Tensor bias, Tensor grad, bool[] needs, str backend) -> "
     "(Tensor, Tensor, Tensor, Tensor)"
+)
+_SOFT_TARGETS = (
+    "Tensor query, Tensor key, Tensor scale, Tensor target_query, Tensor target_key, Tensor target_scale, "
+    "Tensor? target_bias, Tensor? within_query, Tensor? within_key, Tensor? exclude_keys, "
+    "Tensor[] exclude, bool normalize, int precision"
+)
+library.define(
+    f"soft_cross_entropy({_SOFT_TARGETS}, int kept, str backend) -> "
+    "(Tensor losses, Tensor state, Tensor kept_logits)"
+)
+library.define(
+    f"soft_cross_entropy_backward({_SOFT_TARGETS}, Tensor grad, Tensor state, Tensor kept_logits, "
+    "bool[] needs, str backend) -> (Tensor, Tensor, Tensor)"
 )
 # the whole loss: the extension registers the kernels of the first, per device; a backend has the second's
 for _name, _of_backend in (("one_positive", ""), ("one_positive_by", "str backend, ")):
@@ -102,6 +123,20 @@ def _logistic_backward(*args: Any) -> tuple[Tensor, ...]:
         return _filled(problem.query, *grads)
 
 
+def _soft_cross_entropy(*args: Any) -> tuple[Tensor, ...]:
+    *arguments, kept, backend = args
+    with without_autocast(args[0].device):
+        return BACKENDS[backend].soft_cross_entropy(SoftTargets._make(arguments), kept)
+
+
+def _soft_cross_entropy_backward(*args: Any) -> tuple[Tensor, ...]:
+    *arguments, grad, state, kept, needs, backend = args
+    backward = BACKENDS[backend].soft_cross_entropy_backward
+    with without_autocast(args[0].device):
+        grads = backward(SoftTargets._make(arguments), grad, state, kept, SoftTargetNeeds(*needs))
+        return _filled(args[0], *grads)
+
+
 def _one_positive_by(*args: Any) -> tuple[Tensor, ...]:
     *arguments, mean, _, backend, needs = args
     function = BACKENDS[backend].one_positive
@@ -167,6 +202,20 @@ def _fake_logistic_backward(*args: Any) -> tuple[Tensor, ...]:
     return _filled(problem.query, *wanted)
 
 
+def _fake_soft_cross_entropy(*args: Any) -> tuple[Tensor, ...]:
+    *arguments, kept, _ = args
+    query, target_query = args[0], SoftTargets._make(arguments).target_query
+    views, rows, _ = query.shape
+    shapes = ((views, rows), (2 * (views + target_query.shape[0]), rows), (kept,))
+    return tuple(query.new_empty(shape, dtype=compute_dtype(query.dtype)) for shape in shapes)
+
+
+def _fake_soft_cross_entropy_backward(*args: Any) -> tuple[Tensor, ...]:
+    needs = args[-2]
+    wanted = (x.new_empty(x.shape) if need else None for x, need in zip(args, needs, strict=False))
+    return _filled(args[0], *wanted)
+
+
 def _fake_one_positive(*args: Any) -> tuple[Tensor, ...]:
     return _fake_whole_loss(args[:3], args[3], args[-1])
 
@@ -207,6 +256,8 @@ for _name, _kernel, _fake in (
     ("stats_backward", _stats_backward, _fake_stats_backward),
     ("logistic", _logistic, _fake_logistic),
     ("logistic_backward", _logistic_backward, _fake_logistic_backward),
+    ("soft_cross_entropy", _soft_cross_entropy, _fake_soft_cross_entropy),
+    ("soft_cross_entropy_backward", _soft_cross_entropy_backward, _fake_soft_cross_entropy_backward),
     ("one_positive_by", _one_positive_by, _fake_one_positive),
     ("topk", _topk, _fake_topk),
     ("mochi", _mochi, _fake_mochi),

@@ -10,8 +10,24 @@ from torch import Tensor
 from fastcl.backends import reference
 from fastcl.backends.base import Request
 from fastcl.backends.choice import choose
-from fastcl.ops.autograd import differentiable_grad, distinct_nodes, first_order, register_autograd
-from fastcl.similarity.problem import PROBLEM_FIELDS, PROBLEM_TENSORS, LogisticNeeds, Problem
+from fastcl.ops.autograd import (
+    differentiable_grad,
+    distinct_nodes,
+    first_order,
+    needs_of,
+    register_autograd,
+)
+from fastcl.similarity.problem import (
+    PROBLEM_FIELDS,
+    PROBLEM_TENSORS,
+    SOFT_TARGET_FIELDS,
+    SOFT_TARGET_INPUTS,
+    SOFT_TARGET_TENSORS,
+    LogisticNeeds,
+    Problem,
+    SoftTargetNeeds,
+    SoftTargets,
+)
 
 _LOGISTIC_INPUTS = 3  # of the problem; and the bias
 
@@ -51,4 +67,41 @@ def logistic(problem: Problem, bias: Tensor, backend: str = "auto") -> Tensor:
     return sums
 
 
+def save_soft_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    args, saved = SoftTargets._make(inputs[:SOFT_TARGET_FIELDS]), output[1:]
+    ctx.mark_non_differentiable(*saved)
+    ctx.save_for_backward(*saved, *args[:SOFT_TARGET_TENSORS], *args.exclude)
+    ctx.flags, ctx.backend = args[SOFT_TARGET_TENSORS + 1 :], inputs[-1]
+
+
+def soft_cross_entropy_gradient(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    state, kept, *tensors = ctx.saved_tensors
+    args = SoftTargets._make((*tensors[:SOFT_TARGET_TENSORS], tensors[SOFT_TARGET_TENSORS:], *ctx.flags))
+    needs = SoftTargetNeeds._make(ctx.needs_input_grad[:SOFT_TARGET_INPUTS])
+    inputs = args[:SOFT_TARGET_INPUTS]
+    grads: tuple[Tensor | None, ...]
+    if torch.is_grad_enabled():
+        nodes = distinct_nodes(inputs)
+        losses = reference.soft_cross_entropy(SoftTargets._make((*nodes, *args[SOFT_TARGET_INPUTS:])))
+        grads = differentiable_grad((losses,), (grad,), nodes, needs)
+    else:
+        grad = first_order(grad, inputs)
+        outputs = torch.ops.fastcl.soft_cross_entropy_backward(*args, grad, state, kept, needs, ctx.backend)
+        grads = tuple(x if needed else None for x, needed in zip(outputs, needs, strict=True))
+    return (*grads, *(None,) * (len(ctx.needs_input_grad) - SOFT_TARGET_INPUTS))
+
+
+def soft_cross_entropy(args: SoftTargets, backend: str = "auto") -> Tensor:
+    """Losses (V, N), differentiable in query, key and scale."""
+    chosen = choose(Request.of_sums(args.query, "soft_cross_entropy"), backend)
+    if chosen.name == reference.BACKEND.name:
+        return reference.soft_cross_entropy(args)
+    differentiated = torch.is_grad_enabled() and needs_of(args[:SOFT_TARGET_INPUTS])
+    # a graph would be of these sizes only
+    kept = chosen.logits_to_keep(args) if differentiated and not torch.compiler.is_compiling() else 0
+    losses: Tensor = torch.ops.fastcl.soft_cross_entropy(*args, kept, chosen.name)[0]
+    return losses
+
+
+register_autograd("soft_cross_entropy", save_soft_cross_entropy, soft_cross_entropy_gradient)
 register_autograd("logistic", save_logistic, logistic_gradient)

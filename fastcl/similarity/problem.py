@@ -84,6 +84,46 @@ class TopK(NamedTuple):
         return ids if not ids or (len(ids) == 2 and ids[0].dim() == 1) else None
 
 
+class SoftTargets(NamedTuple):
+    """Arguments of one cross-entropy with soft targets, in the order of the ops' schemas.
+
+    ``exclude`` is a set of pairs as Problem's ``exclude_more``.
+    """
+
+    query: Tensor  # (V, N, D)
+    key: Tensor  # (K, D)
+    scale: Tensor  # ()
+    target_query: Tensor  # (T, N, E)
+    target_key: Tensor  # (K, E)
+    target_scale: Tensor  # ()
+    target_bias: Tensor | None = None  # (K,)
+    within_query: Tensor | None = None  # (N,) int64
+    within_key: Tensor | None = None  # (K,) int64
+    exclude_keys: Tensor | None = None  # (N, k) int64
+    exclude: Sequence[Tensor] = ()
+    normalize: bool = True
+    precision: int = 0  # as Problem's
+
+    def counts(self) -> tuple[int, int]:
+        """How many rows a view has, and how many keys there are."""
+        return self.query.shape[1], self.key.shape[0]
+
+
+SOFT_TARGET_FIELDS = len(SoftTargets._fields)
+SOFT_TARGET_TENSORS = SoftTargets._fields.index("exclude")
+
+
+class SoftTargetNeeds(NamedTuple):
+    """Which inputs of a cross-entropy with soft targets need a gradient: targets are constants."""
+
+    query: bool
+    key: bool
+    scale: bool
+
+
+SOFT_TARGET_INPUTS = len(SoftTargetNeeds._fields)
+
+
 class Needs(NamedTuple):
     """Which inputs of a problem, its first ones, need a gradient."""
 

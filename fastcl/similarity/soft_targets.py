@@ -8,26 +8,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastcl.backends.reference import pair_masks
 from fastcl.distributed.gather import check_group, gather_rows, reduce
-from fastcl.similarity.by_rows import by_rows
+from fastcl.ops import sums
 from fastcl.similarity.checks import (
     check_matrix,
     check_reduction,
     check_same,
     check_same_count,
     check_vector,
+    in_one_dtype,
     inverse_scalar,
 )
-from fastcl.similarity.numerics import (
-    compute_dtype,
-    masked_logsumexp,
-    product,
-    unit_rows,
-    without_autocast,
-)
-from fastcl.similarity.problem import Problem
-from fastcl.similarity.rules import ALL_NEGATIVE, PairRule, check_rule
+from fastcl.similarity.numerics import compute_dtype, matmul_precision_level
+from fastcl.similarity.problem import SoftTargets
+from fastcl.similarity.rules import ALL_NEGATIVE, PairRule, check_rule, flattened
 from fastcl.similarity.stats import similarity_stats
 
 
@@ -51,8 +45,8 @@ def soft_cross_entropy(
     ``p_i = softmax_j(<query_i, key_j> / temperature)`` and
     ``q_i = softmax_j(<target_query_i, target_key_j> / target_temperature + target_bias_j)``, excluded keys
     in neither. Targets are constants. DINO (Caron et al. 2021, https://arxiv.org/abs/2104.14294), SwAV
-    (Caron et al. 2020, https://arxiv.org/abs/2006.09882). Linear memory: both softmaxes are formed a chunk
-    of rows at a time, and again in the backward pass. There is no fused kernel for it yet.
+    (Caron et al. 2020, https://arxiv.org/abs/2006.09882). Linear memory: both softmaxes are formed a tile at
+    a time, and again in the backward pass; by fused kernels on the CPU, elsewhere by plain torch.
 
     Args:
         query: (N, D), or (V, N, D): V views of each row, which share its target.
@@ -77,6 +71,7 @@ def soft_cross_entropy(
     check_reduction(reduction)
     check_group(group, False)
     _check_rows(query, key, target_query, target_key)
+    query, key = in_one_dtype(query, key)
     views = query if query.dim() == 3 else query[None]
     teachers = (target_query if target_query.dim() == 3 else target_query[None]).detach()
     check_same_count("target_query", teachers[0], "query", views[0])
@@ -84,39 +79,24 @@ def soft_cross_entropy(
         check_vector("target_bias", target_bias, target_key)
         target_bias = target_bias.detach()
     check_rule(rule, views[0], key)
-    scale = inverse_scalar("temperature", temperature, query)
-    target_scale = inverse_scalar("target_temperature", target_temperature, target_query).detach()
-    problem = Problem(views[0], key, scale, **rule.fields())
-    dtype = compute_dtype(query.dtype)
-
-    with without_autocast(query.device):
-        unit_views, unit_key, unit_teachers, unit_target_key = (
-            unit_rows(x, normalize).to(dtype) for x in (views, key, teachers, target_key.detach())
-        )
-
-    def target_of(rows: slice, kept: Tensor) -> Tensor:
-        softmaxes = []
-        for teacher in unit_teachers:
-            logits = product(teacher[rows], unit_target_key.T) * target_scale.to(dtype)
-            logits = logits if target_bias is None else logits + target_bias.to(dtype)
-            lse = masked_logsumexp(logits, kept)[:, None]
-            softmaxes.append((logits - lse).exp().where(kept, 0.0))
-        return torch.stack(softmaxes).mean(dim=0)
-
-    def of_rows(rows: slice) -> Tensor:
-        with without_autocast(query.device):
-            negative, positive = pair_masks(problem, rows)
-            kept = negative | positive
-            target, losses = target_of(rows, kept), []
-            for view in unit_views:
-                logits = product(view[rows], unit_key.T) * scale.to(dtype)
-                lse = masked_logsumexp(logits, kept)[:, None].where(kept, 0.0)
-                losses.append((target * (lse - logits).where(kept, 0.0)).sum(dim=1))
-            return torch.stack(losses)
-
-    losses = by_rows("soft_cross_entropy", of_rows, views[0], key.shape[0], backend)
-    losses = losses if query.dim() == 3 else losses[0]
-    return reduce(losses, reduction, group)
+    within_query, within_key = rule.within or (None, None)
+    args = SoftTargets(
+        views,
+        key,
+        inverse_scalar("temperature", temperature, query),
+        teachers,
+        target_key.detach(),
+        inverse_scalar("target_temperature", target_temperature, target_query).detach(),
+        target_bias,
+        within_query,
+        within_key,
+        rule.exclude_keys,
+        flattened(rule.exclude_sets),
+        normalize,
+        matmul_precision_level(),
+    )
+    losses = sums.soft_cross_entropy(args, backend)
+    return reduce(losses if query.dim() == 3 else losses[0], reduction, group)
 
 
 def _check_rows(query: Tensor, key: Tensor, target_query: Tensor, target_key: Tensor) -> None:

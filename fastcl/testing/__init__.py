@@ -21,6 +21,7 @@ from fastcl.testing.dense import (
     dense_nt_xent,
     dense_siglip_loss,
     dense_similarity_logistic,
+    dense_soft_cross_entropy,
     dense_stats,
     dense_sup_con,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "dense_nt_xent",
     "dense_siglip_loss",
     "dense_similarity_logistic",
+    "dense_soft_cross_entropy",
     "dense_stats",
     "dense_sup_con",
     "example_labels",

@@ -177,6 +177,36 @@ def dense_similarity_logistic(
     return losses.masked_fill(positive, 0.0).sum(dim=1), losses.masked_fill(~positive, 0.0).sum(dim=1)
 
 
+def dense_soft_cross_entropy(
+    query: Tensor,
+    key: Tensor,
+    target_query: Tensor,
+    target_key: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    target_temperature: float | Tensor = 0.05,
+    target_bias: Tensor | None = None,
+    excluded: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy between two softmaxes as people write it; ``excluded`` is an (N, K) mask."""
+    rows = (query, key, target_query.detach(), target_key.detach())
+    x, y, t, c = (F.normalize(r, dim=-1) if normalize else r for r in rows)
+    logits, target_logits = x @ y.T / temperature, t @ c.T / target_temperature
+    if target_bias is not None:
+        target_logits = target_logits + target_bias
+    if excluded is None:
+        excluded = torch.zeros(logits.shape[-2:], dtype=torch.bool, device=logits.device)
+    empty = excluded.all(dim=-1, keepdim=True)
+    excluded = excluded & ~empty
+    target = target_logits.masked_fill(excluded, -torch.inf).softmax(dim=-1)
+    target = (target.mean(dim=0) if target.dim() > 2 else target).masked_fill(empty, 0.0)
+    log_p = logits.masked_fill(excluded, -torch.inf).log_softmax(dim=-1).masked_fill(excluded, 0.0)
+    losses = -(target * log_p).sum(dim=-1)
+    return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+
+
 def dense_stats(
     query: Tensor,
     key: Tensor,

@@ -20,7 +20,8 @@ inline const void* row_of(const void* data, DType dtype, int64_t offset) {
   return static_cast<const char*>(data) + offset * bytes_of(dtype);
 }
 
-// Rows of one side. Either of T and padded to whole vectors, or converted tile by tile as they are read.
+// Rows of one side. Either of T and padded to whole vectors, or converted tile by tile as they are read, each
+// times its factor then (null: 1).
 template <class T>
 struct Rows {
   const void* data = nullptr;
@@ -29,6 +30,7 @@ struct Rows {
   int64_t count = 0;
   int64_t width = 0;
   bool direct = false;
+  const T* factor = nullptr;
 
   const T* row(int64_t i) const { return static_cast<const T*>(data) + i * stride; }
   int64_t row_bytes() const { return width * bytes_of(dtype); }
@@ -43,7 +45,8 @@ struct Rows {
     const Kernels<T>& k = kernels<T>();
     *out_stride = round_up(width, k.vector);
     T* out = scratch.take<T>(slot, kMaxBlock * *out_stride);
-    k.load_rows(out, *out_stride, source(first), dtype, stride, rows, width, nullptr);
+    k.load_rows(out, *out_stride, source(first), dtype, stride, rows, width,
+                factor ? factor + first : nullptr);
     return out;
   }
 };
@@ -87,10 +90,11 @@ template <class T>
 struct Partials {
   Buffer<T> memory;
   int64_t parts = 0, rows = 0, width = 0;
+  T* given = nullptr;  // the memory, where it is another's
 
-  T* part(int64_t p) const { return memory.get() + p * rows * width; }
+  T* part(int64_t p) const { return (given ? given : memory.get()) + p * rows * width; }
   T* row(int64_t p, int64_t i) const { return part(p) + i * width; }
-  explicit operator bool() const { return static_cast<bool>(memory); }
+  explicit operator bool() const { return given || memory; }
 };
 template <class T>
 Partials<T> make_partials(int64_t parts, int64_t rows, int64_t width) {

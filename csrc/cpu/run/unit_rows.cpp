@@ -14,7 +14,33 @@ T norm_of(const T* row, int64_t width) {
   return static_cast<T>(std::sqrt(wide));
 }
 
+// 0 for a zero row, which so stays zero.
+template <class T>
+T inverse_norm(const T* row, int64_t width) {
+  const T norm = norm_of(row, width);
+  return norm == 0 ? T(0) : 1 / std::max(norm, T(1e-12));
+}
+
 }  // namespace
+
+template <class T>
+UnitRows<T> inverse_norms(const Input& input, bool normalize) {
+  UnitRows<T> unit;
+  unit.width = input.width;
+  unit.stride = round_up(input.width, kernels<T>().vector);
+  unit.count = input.count;
+  if (!normalize) return unit;
+  unit.inverse = allocate<T>(input.count);
+  for_each_range(input.count, kRowGrain, [&](int64_t begin, int64_t end, Scratch& scratch) {
+    T* const row = scratch.take<T>(kQuerySlot, unit.stride);
+    for (int64_t i = begin; i < end; i++) {
+      kernels<T>().load_rows(row, unit.stride, input.row(i), input.dtype, input.stride, 1, input.width,
+                             nullptr);
+      unit.inverse[i] = inverse_norm(row, unit.stride);
+    }
+  });
+  return unit;
+}
 
 template <class T>
 UnitRows<T> unit_rows(std::initializer_list<Input> inputs, bool normalize) {
@@ -35,8 +61,7 @@ UnitRows<T> unit_rows(std::initializer_list<Input> inputs, bool normalize) {
       offset += input.count;
     }
     for (int64_t i = begin; normalize && i < end; i++) {
-      const T norm = norm_of(unit.row(i), unit.stride);
-      const T inverse = norm == 0 ? T(0) : 1 / std::max(norm, T(1e-12));
+      const T inverse = inverse_norm(unit.row(i), unit.stride);
       unit.inverse[i] = inverse;
       for (int64_t d = 0; d < unit.width; d++) unit.row(i)[d] *= inverse;
     }
@@ -122,12 +147,16 @@ BFloat16Sides bfloat16_sides(std::initializer_list<Input> query, const UnitRows<
 }
 
 template <class T>
-T input_gradient(const UnitRows<T>& unit, int64_t i, T scale, T* sum) {
-  const T radial = kernels<T>().dot(unit.row(i), sum, unit.stride);
-  const T inverse = unit.inverse ? unit.inverse[i] : T(1);
-  const T along = unit.inverse && inverse < T(1e12) ? radial : T(0);
-  for (int64_t d = 0; d < unit.width; d++) sum[d] = (sum[d] - unit.row(i)[d] * along) * scale * inverse;
+T row_gradient(const T* unit, int64_t width, const T* inverse, T scale, T* sum) {
+  const T radial = kernels<T>().dot(unit, sum, width), factor = inverse ? *inverse : T(1);
+  const T along = inverse && factor < T(1e12) ? radial : T(0);
+  for (int64_t d = 0; d < width; d++) sum[d] = (sum[d] - unit[d] * along) * scale * factor;
   return radial;
+}
+
+template <class T>
+T input_gradient(const UnitRows<T>& unit, int64_t i, T scale, T* sum) {
+  return row_gradient(unit.row(i), unit.stride, unit.inverse ? unit.inverse.get() + i : nullptr, scale, sum);
 }
 
 template <class T>
@@ -139,6 +168,8 @@ SoftPlus<T> softplus(T x) {
 
 #define FASTCL_INSTANTIATE(T)                                            \
   template UnitRows<T> unit_rows<T>(std::initializer_list<Input>, bool); \
+  template UnitRows<T> inverse_norms<T>(const Input&, bool);             \
+  template T row_gradient<T>(const T*, int64_t, const T*, T, T*);        \
   template Rows<T> key_rows<T>(const Input&);                            \
   template T input_gradient<T>(const UnitRows<T>&, int64_t, T, T*);      \
   template SoftPlus<T> softplus<T>(T);

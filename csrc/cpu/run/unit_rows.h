@@ -32,6 +32,10 @@ struct UnitRows {
 template <class T>
 UnitRows<T> unit_rows(std::initializer_list<Input> inputs, bool normalize);
 
+// The same without the rows: only the inverse norms, if normalized.
+template <class T>
+UnitRows<T> inverse_norms(const Input& input, bool normalize);
+
 // Rows used as they are, without a copy: converted tile by tile unless they are T already.
 template <class T>
 Rows<T> key_rows(const Input& input);
@@ -66,7 +70,11 @@ struct BFloat16Sides {
 BFloat16Sides bfloat16_sides(std::initializer_list<Input> query, const UnitRows<float>& unit,
                              const Input* key, const UnitRows<float>* key_unit, Precision precision);
 
-// Gradient of row i from `sum`, that of its unit row before the scale, in place; returns <unit row, sum>.
+// Gradient of a row from `sum`, that of its unit row before the scale, in place; returns <unit row, sum>.
+// `inverse`: its inverse norm, null without normalization.
+template <class T>
+T row_gradient(const T* unit, int64_t width, const T* inverse, T scale, T* sum);
+// The same of row i.
 template <class T>
 T input_gradient(const UnitRows<T>& unit, int64_t i, T scale, T* sum);
 

@@ -153,6 +153,17 @@ struct Kernels {
   // out += the lanes' sums
   void (*add_lane_sums)(Tile<T> tile, T* out);
 
+  // Of two softmaxes over the rows; what is given beside a tile strides as the tile.
+  // As lane_log_sum, and out = exp2(tile - max); decay = exp2(max before - max).
+  void (*soften)(Tile<T> tile, LogSum<T> lane, T* decay, T* out);
+  // sum = sum * decay + shift + the lanes' sums of weight * (max - logit)
+  void (*add_distances)(Tile<T> logit, const T* weight, const T* max, const T* shift, const T* decay,
+                        Sum<T> sum);
+  // out += exp2(tile - max) * factor; `first`: out holds nothing yet
+  void (*add_softmax)(Tile<T> tile, Weight<T> lane, T* out, bool first);
+  // out = (exp2(tile - max) * factor - target) * gradient of the lane
+  void (*softmax_less_target)(Tile<T> tile, Weight<T> lane, const T* target, const T* gradient, T* out);
+
   // A value per lane, near its quantile, that at least `rank` of its rows lie above.
   void (*lane_quantile)(Tile<T> tile, int64_t rank, T* value);
   // Lists the pairs whose logit is above the threshold of their lane (NaN counts as above).

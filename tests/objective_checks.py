@@ -1,9 +1,38 @@
 """An objective beside its paper's formula in plain PyTorch: values, gradients, graphs, transforms."""
 
+from functools import partial
+from typing import NamedTuple
+
 import torch
-from grids import HERE
+from grids import HERE, every_backend
 
 from fastcl import testing
+
+
+class Objective(NamedTuple):
+    """What all objectives share is tested of ``function(*tensors of shapes, its scalar if ``scaled``)``."""
+
+    function: object
+    shapes: tuple
+    scaled: bool  # the next argument is a temperature, or what stands for one
+    signature: str | None  # of the public name: what users rely on; further options may follow, by keyword
+    any_count: bool  # whether all tensors may have more rows
+    out_of_range: float  # a scalar, as a tensor, that gives NaN
+
+
+OBJECTIVES = {}
+
+
+def objective(name, function, *shapes, scaled=True, signature=None, any_count=True, out_of_range=0.0):
+    """Register an objective, beside its own tests, for those of what all share."""
+    assert name not in OBJECTIVES, name
+    OBJECTIVES[name] = Objective(function, shapes, scaled, signature, any_count, out_of_range)
+
+
+def by_row(x, values):
+    """One of the values for each row of x, again and again, on its device."""
+    count = x.shape[0]
+    return values.to(x.device).repeat(1 + count // len(values), *[1] * (values.dim() - 1))[:count]
 
 
 def rows(*shapes, seed=0, scale=1.0):
@@ -41,6 +70,21 @@ def _compare(inputs, results, formula, plain, logit, unit):
         assert (grad.dtype, grad.shape) == (x.dtype, x.shape)
         size = unit or logit * max(1.0, logit) / (len(x) if x.dim() else 1)
         testing.assert_within_budget(grad, exact_grads[i], plain_grads[i], unit=size, name=f"gradient {i}")
+
+
+def check_reductions(function, formula, inputs):
+    """The formula in every reduction, on every backend."""
+    for reduction in ("none", "mean", "sum"):
+        reduced = (partial(f, reduction=reduction) for f in (function, formula))
+        check(*reduced, inputs, each=every_backend())
+
+
+def check_kinds(function, formula, **sizes):
+    """The formula of pairs of every kind in narrow dtypes, on every backend; ``sizes`` of :func:`check`."""
+    for kind in ("random", "peaked", "collapsed"):
+        case = testing.make_case(kind, (65, 3, 40), seed=3)
+        for dtype in (torch.float32, torch.bfloat16):
+            check(function, formula, [case.query, case.positive], dtype, each=every_backend(), **sizes)
 
 
 def check_compiled(function, inputs):

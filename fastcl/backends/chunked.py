@@ -19,11 +19,12 @@ from fastcl.similarity.fields import (
     OF_NEGATIVES,
     OF_POSITIVES,
     POS_SUM,
-    POSITIVE_SUMS,
     STATE,
     STATISTICS,
     TOTALS,
     Statistics,
+    merge_positive_sums,
+    no_positive_sums,
 )
 from fastcl.similarity.numerics import (
     LN2,
@@ -68,7 +69,7 @@ def stats_forward(problem: Problem, weighted_keys: bool) -> tuple[Tensor, Tensor
     rows, row_state = new(STATISTICS, n), new(STATE, n)
     m_columns = m if problem.columns else 0
     columns, column_state = new(STATISTICS, m_columns), empty_state(prepared.query, m_columns)
-    column_sums = torch.zeros_like(columns[POSITIVE_SUMS])
+    column_sums = no_positive_sums(prepared.query, m_columns)
     weighted = new(problem.query.shape if weighted_keys else (0,))
     for chunk in row_chunks(n, m):
         logits2 = _logits2(problem, prepared, chunk)
@@ -81,7 +82,7 @@ def stats_forward(problem: Problem, weighted_keys: bool) -> tuple[Tensor, Tensor
         if problem.columns:
             tile = _tile_state(logits2.T, negative.T, positive.T)
             column_state = merge_states(column_state, tile)
-            column_sums += _positive_sums(logits2.T, positive.T)
+            column_sums = merge_positive_sums(column_sums, _positive_sums(logits2.T, positive.T))
     if problem.columns:
         columns = statistics(column_state, column_sums)
     return rows, row_state, columns, column_state, weighted

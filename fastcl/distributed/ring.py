@@ -22,6 +22,8 @@ from fastcl.similarity.fields import (
     STATE,
     STATISTICS,
     Measured,
+    merge_positive_sums,
+    no_positive_sums,
     unpack,
 )
 from fastcl.similarity.problem import PROBLEM_INPUTS, PROBLEM_TENSORS, Needs, Problem
@@ -161,10 +163,10 @@ class _RingStats(torch.autograd.Function):
 
 def _nothing(rows: Tensor) -> Tensor:
     """State and positive sums (RUNNING, N) before any key was seen."""
-    return torch.cat([empty_state(rows, rows.shape[0]), rows.new_zeros(RUNNING - STATE, rows.shape[0])])
+    return torch.cat([empty_state(rows, rows.shape[0]), no_positive_sums(rows, rows.shape[0])])
 
 
 def _merge(merged: Tensor, block: Tensor, state: Tensor) -> Tensor:
     """``merged`` (RUNNING, N) with a block's statistics (STATISTICS, N) and state (STATE, N)."""
     both = merge_states(merged[RUNNING_STATE], state)
-    return torch.cat([both, merged[RUNNING_SUMS] + block[POSITIVE_SUMS]])
+    return torch.cat([both, merge_positive_sums(merged[RUNNING_SUMS], block[POSITIVE_SUMS])])

@@ -1,10 +1,13 @@
-"""The order of the statistics and of a row's state in the tensors that backends exchange, said once."""
+"""The statistics and a row's state: their order in the tensors that backends exchange, and how they merge."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from fastcl.similarity.numerics import logaddexp
 
 
 class Statistics(NamedTuple):
@@ -50,6 +53,27 @@ OF_NEGATIVES, OF_POSITIVES = slice(0, NEGATIVE_STATE), slice(NEGATIVE_STATE, STA
 # what is kept of rows while their keys come in turn: the state, then the POSITIVE_SUMS
 RUNNING_STATE, RUNNING_SUMS = slice(0, STATE), slice(STATE, STATE + 2)
 RUNNING = STATE + 2
+
+
+def no_positive_sums(like: Tensor, count: int) -> Tensor:
+    """The POSITIVE_SUMS of rows that have seen no key."""
+    return like.new_zeros(RUNNING - STATE, count)
+
+
+def merge_positive_sums(a: Tensor, b: Tensor) -> Tensor:
+    """The POSITIVE_SUMS over two disjoint sets of keys."""
+    return a + b
+
+
+def merge(a: Statistics, b: Statistics) -> Statistics:
+    """Statistics over two disjoint sets of keys."""
+    return Statistics(
+        lse_neg=logaddexp(a.lse_neg, b.lse_neg),
+        lse_pos=logaddexp(a.lse_pos, b.lse_pos),
+        pos_sum=a.pos_sum + b.pos_sum,
+        pos_count=a.pos_count + b.pos_count,
+        max_neg=torch.maximum(a.max_neg, b.max_neg),
+    )
 
 
 def unpack(packed: Tensor) -> Statistics:

@@ -13,7 +13,7 @@ from fastcl.distributed.stats import group_stats
 from fastcl.ops import calls
 from fastcl.similarity import forms
 from fastcl.similarity.checks import check_matrix, check_same, check_vector, in_one_dtype, scalar
-from fastcl.similarity.fields import Statistics
+from fastcl.similarity.fields import Statistics, merge
 from fastcl.similarity.numerics import logaddexp, masked_logsumexp, matmul_precision_level
 from fastcl.similarity.problem import Problem
 from fastcl.similarity.rules import ALL_NEGATIVE, PairRule, check_rule
@@ -54,13 +54,7 @@ class SimilarityStats:
                 "statistics to merge must have the same number of rows, got shapes "
                 f"{tuple(self.lse_neg.shape)} and {tuple(other.lse_neg.shape)}"
             )
-        return SimilarityStats(
-            lse_neg=logaddexp(self.lse_neg, other.lse_neg),
-            lse_pos=logaddexp(self.lse_pos, other.lse_pos),
-            pos_sum=self.pos_sum + other.pos_sum,
-            pos_count=self.pos_count + other.pos_count,
-            max_neg=torch.maximum(self.max_neg, other.max_neg),
-        )
+        return SimilarityStats(*merge(self._of_rows(), other._of_rows()))
 
     def join(self, *, negatives: Tensor | None = None, positives: Tensor | None = None) -> SimilarityStats:
         """Statistics with each row's own logits, already scaled, added to its negatives and positives.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from grids import pairwise
 from loss_table import LOSSES, check
 from torch.library import opcheck
 
@@ -24,36 +25,38 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 @every_loss
-@every_dtype
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (63, 64, 65), (64, 65, 63), (100, 130, 20)], ids=str)
-def test_losses(name, dtype, shape, grid):
-    for kind in ("random", "peaked", "collapsed"):
-        for temperature, reduction in ((0.5, "mean"), (0.07, "sum")):
-            case = testing.make_case(kind, shape, seed=30)
-            check(LOSSES[name], case, dtype, temperature, factor_dtype=torch.float64, reduction=reduction)
+def test_losses(name, grid):
+    for row in pairwise(
+        dtype=DTYPES,
+        shape=[(1, 1, 1), (2, 2, 2), (63, 64, 65), (64, 65, 63), (100, 130, 20)],
+        kind=("random", "peaked", "collapsed"),
+        scaled=((0.5, "mean"), (0.07, "sum")),
+    ):
+        case, (temperature, reduction) = testing.make_case(row["kind"], row["shape"], seed=30), row["scaled"]
+        options = {"factor_dtype": torch.float64, "reduction": reduction}
+        check(LOSSES[name], case, row["dtype"], temperature, **options)
 
 
 @every_loss
-@every_dtype
-@pytest.mark.parametrize("blocks", [1, 3, 16, 40])
-def test_any_division_into_squares(name, dtype, blocks, grid):
+def test_any_division_into_squares(name, grid):
     """One square of several tiles, a few, or many of one tile; the last ones ragged; blocks without one."""
-    grid.blocks = blocks
-    for kind in ("random", "collapsed"):
-        check(LOSSES[name], testing.make_case(kind, (129, 200, 70), seed=31), dtype, 0.1)
+    for row in pairwise(dtype=DTYPES, blocks=(1, 3, 16, 40), kind=("random", "collapsed")):
+        grid.blocks = row["blocks"]
+        case = testing.make_case(row["kind"], (129, 200, 70), seed=31)
+        check(LOSSES[name], case, row["dtype"], 0.1)
 
 
-@every_loss
 @every_dtype
-@pytest.mark.parametrize("width", [1, 15, 16, 17, 127, 129, 300])
-def test_widths_around_fragments_and_stages(name, dtype, width, grid):
-    case = testing.make_case("random", (9, 11, width), seed=32)
-    check(LOSSES[name], case, dtype, 0.2, factor_dtype=torch.float64)
+def test_widths_around_fragments_and_stages(dtype, grid):
+    for row in pairwise(name=NAMES, width=(1, 15, 16, 17, 127, 129, 300)):
+        case = testing.make_case("random", (9, 11, row["width"]), seed=32)
+        check(LOSSES[row["name"]], case, dtype, 0.2, factor_dtype=torch.float64)
 
 
-@every_loss
-@every_dtype
-@pytest.mark.parametrize("needed", range(4))
+@pytest.mark.parametrize(
+    ("name", "dtype", "needed"),
+    [tuple(row.values()) for row in pairwise(name=NAMES, dtype=DTYPES, needed=range(4))],
+)
 def test_only_the_wanted_gradients(name, dtype, needed, grid):
     """What is not asked for is neither computed nor needed by the rest."""
     case = testing.make_case("random", (20, 30, 10), seed=33)
@@ -307,18 +310,18 @@ def test_largest_batches(device, arguments, in_float32, in_half):
 
 
 @every_loss
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("kind", ["random", "peaked", "collapsed"])
-def test_cells_of_half_types(name, dtype, kind, grid):
+def test_cells_of_half_types(name, grid):
     """Where there is no room for float32: cosines in fixed point, then weights in the inputs' type."""
     grid.shared_bytes = 60 << 10
     of_two_views = name == "nt_xent" or name.startswith("sup_con")
     samples = 220 if name == "sup_con-2d" else 110 if of_two_views else 150
-    case = testing.make_case(kind, (samples, 150, 40), seed=41)
+    kinds = ("random", "peaked", "collapsed")
+    cases = {kind: testing.make_case(kind, (samples, 150, 40), seed=41) for kind in kinds}
+    inputs = LOSSES[name].inputs(cases["random"])
     with pytest.raises(RuntimeError, match="does not fit"):
-        LOSSES[name].product(*(x.float() for x in LOSSES[name].inputs(case)), LOSSES[name].factor(0.5))
-    for temperature in (0.5, 0.07):
-        check(LOSSES[name], case, dtype, temperature, factor_dtype=torch.float64)
+        LOSSES[name].product(*(x.float() for x in inputs), LOSSES[name].factor(0.5))
+    for row in pairwise(dtype=DTYPES[1:], kind=kinds, temperature=(0.5, 0.07)):
+        check(LOSSES[name], cases[row["kind"]], row["dtype"], row["temperature"], factor_dtype=torch.float64)
 
 
 @pytest.mark.parametrize("loss", [fastcl.nt_xent, lambda x, y: fastcl.sup_con(x[:, None].expand(-1, 2, -1))])

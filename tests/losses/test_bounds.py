@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
-from objective_checks import check, check_compiled, check_derivatives, check_finite, rows
+from objective_checks import check, check_compiled, check_derivatives, check_finite, objective, rows
 
 import fastcl
 from fastcl import testing
 
 in_float64 = pytest.mark.skipif(not testing.IN_FLOAT64, reason="formulas are compared in float64")
+for _name in ("info_nce_bound", "nwj_bound", "donsker_varadhan_bound"):
+    objective(_name, getattr(fastcl, _name), (6, 4), (6, 4), scaled=False, signature="f, g")
 
 
 def _info_nce(critic, others):

@@ -1,9 +1,20 @@
 """The decoupled loss is the paper's formula: values, gradients, edges, errors."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
-from objective_checks import check, check_compiled, check_derivatives, check_finite, rows
+from objective_checks import (
+    check,
+    check_compiled,
+    check_derivatives,
+    check_finite,
+    check_kinds,
+    check_reductions,
+    objective,
+    rows,
+)
 
 import fastcl
 from fastcl import testing
@@ -13,6 +24,12 @@ OPTIONS = (
     {"within_views": False},
     {"sigma": 0.5},
     {"sigma": 0.3, "within_views": False},
+)
+objective(
+    "decoupled_loss",
+    fastcl.decoupled_loss,
+    *((6, 4), (6, 4)),
+    signature="z1, z2, temperature=0.1, *, within_views=True, sigma=None",
 )
 every_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
 in_float64 = pytest.mark.skipif(not testing.IN_FLOAT64, reason="formulas are compared in float64")
@@ -38,27 +55,14 @@ def formula(z1, z2, temperature=0.1, *, within_views=True, sigma=None, reduction
 
 @in_float64
 @every_option
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_is_the_formula(backend, options, reduction):
+def test_is_the_formula(options):
     inputs = [*rows((9, 5), (9, 5)), torch.tensor(0.3, dtype=torch.float64)]
-    check(
-        lambda *x: fastcl.decoupled_loss(*x, **options, reduction=reduction),
-        lambda *x: formula(*x, **options, reduction=reduction),
-        inputs,
-    )
+    check_reductions(partial(fastcl.decoupled_loss, **options), partial(formula, **options), inputs)
 
 
 @every_option
-@pytest.mark.parametrize("kind", ["random", "peaked", "collapsed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_is_within_the_budget(backend, options, kind, dtype):
-    case = testing.make_case(kind, (65, 3, 40), seed=3)
-    check(
-        lambda *x: fastcl.decoupled_loss(*x, **options),
-        lambda *x: formula(*x, **options),
-        [case.query, case.positive],
-        dtype,
-    )
+def test_is_within_the_budget(options):
+    check_kinds(partial(fastcl.decoupled_loss, **options), partial(formula, **options))
 
 
 @every_option

@@ -1,16 +1,32 @@
 """The hard-negative loss is the paper's formula: values, gradients, the floor, edges, errors."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from objective_checks import check, check_compiled, check_derivatives, check_finite, rows
+from objective_checks import (
+    check,
+    check_compiled,
+    check_derivatives,
+    check_finite,
+    check_kinds,
+    check_reductions,
+    objective,
+    rows,
+)
 
 import fastcl
 from fastcl import testing
 
 OPTIONS = ({}, {"beta": 0.0}, {"beta": 2.0, "tau_plus": 0.02}, {"tau_plus": 0.0}, {"tau_plus": 0.9})
+objective(
+    "hard_negative_loss",
+    fastcl.hard_negative_loss,
+    *((6, 4), (6, 4)),
+    signature="z1, z2, temperature=0.5, *, beta=1.0, tau_plus=0.1",
+)
 every_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
 in_float64 = pytest.mark.skipif(not testing.IN_FLOAT64, reason="formulas are compared in float64")
 
@@ -33,27 +49,17 @@ def formula(z1, z2, temperature=0.5, *, beta=1.0, tau_plus=0.1, reduction="mean"
 
 @in_float64
 @every_option
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_is_the_formula(backend, options, reduction):
+def test_is_the_formula(options):
     inputs = [*rows((9, 5), (9, 5)), torch.tensor(0.3, dtype=torch.float64)]
-    check(
-        lambda *x: fastcl.hard_negative_loss(*x, **options, reduction=reduction),
-        lambda *x: formula(*x, **options, reduction=reduction),
-        inputs,
-    )
+    check_reductions(partial(fastcl.hard_negative_loss, **options), partial(formula, **options), inputs)
 
 
 @every_option
-@pytest.mark.parametrize("kind", ["random", "peaked", "collapsed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_is_within_the_budget(backend, options, kind, dtype):
-    case = testing.make_case(kind, (65, 3, 40), seed=3)
+def test_is_within_the_budget(options):
     left = 1 - options.get("tau_plus", 0.1)  # of the sum, by which the correction multiplies its error
-    check(
-        lambda *x: fastcl.hard_negative_loss(*x, **options),
-        lambda *x: formula(*x, **options),
-        [case.query, case.positive],
-        dtype,
+    check_kinds(
+        partial(fastcl.hard_negative_loss, **options),
+        partial(formula, **options),
         logit=2 * (1 + options.get("beta", 1.0)) / left,
     )
 

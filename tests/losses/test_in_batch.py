@@ -6,12 +6,15 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from objective_checks import check, check_compiled, check_derivatives, check_finite, rows
+from objective_checks import check, check_compiled, check_derivatives, check_finite, objective, rows
 
 import fastcl
 from fastcl import testing
 
 in_float64 = pytest.mark.skipif(not testing.IN_FLOAT64, reason="formulas are compared in float64")
+_THREE = ((6, 4), (6, 4), (5, 4))
+objective("in batch", lambda x, y, z, *t: fastcl.info_nce(x, y, z, *t, in_batch=True), *_THREE)
+objective("as they are", lambda x, y, z, *t: fastcl.info_nce(x, y, z, *t, normalize=False), *_THREE)
 KEYS = {"unpaired": (5, 4), "paired": (6, 3, 4)}
 every_mode = pytest.mark.parametrize("mode", KEYS)
 every_option = pytest.mark.parametrize(

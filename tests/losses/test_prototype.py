@@ -5,12 +5,20 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from objective_checks import check, check_compiled, check_derivatives, check_finite, rows
+from objective_checks import check, check_compiled, check_derivatives, check_finite, objective, rows
 
 import fastcl
 from fastcl import testing
 
 in_float64 = pytest.mark.skipif(not testing.IN_FLOAT64, reason="formulas are compared in float64")
+_OF_SIX = torch.tensor([0, 2, 2, 1, 0, 2])
+objective(
+    "prototype_nce",
+    lambda q, c, *t: fastcl.prototype_nce(q, c, _OF_SIX.to(q.device), *t),
+    *((6, 4), (3, 4)),
+    signature="query, prototypes, assigned, temperature=0.1, *, bias=None, normalize=True",
+    any_count=False,
+)
 ASSIGNED = torch.tensor([3, 0, 0, 4, 3, 3, 1])
 EXTRAS = ("nothing", "temperature", "temperatures", "bias", "temperatures and bias")
 every_extra = pytest.mark.parametrize("extra", EXTRAS)

@@ -5,9 +5,29 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from objective_checks import by_row, objective
 
 import fastcl
 
+_PAIR = ((6, 4), (6, 4))
+_NAMED = torch.tensor([[0, 2], [1, 1], [3, -1], [-1, -1], [4, 5]])  # targets, of six keys
+
+
+def _weighted(q, k, *t):
+    return fastcl.weighted_info_nce(q, k, by_row(q, _NAMED), by_row(q, torch.tensor([[0.75, 0.5]])), *t)
+
+
+objective("weighted_info_nce", _weighted, *_PAIR)
+objective(
+    "siglip_loss", lambda x, y, s=3.0: fastcl.siglip_loss(x, y, s, -1.0), *_PAIR, out_of_range=torch.nan
+)
+objective("nce_loss", lambda q, p, n, *t: fastcl.nce_loss(q, p, n, *t, log_z=0.5), *_PAIR, (5, 4))
+objective(
+    "jsd_loss",
+    lambda x, y: fastcl.jsd_loss(x, y, by_row(x, torch.tensor([0, 2, 1]))),
+    *_PAIR,
+    scaled=False,
+)
 N, M, D = 9, 14, 6
 
 

@@ -3,10 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from objective_checks import by_row, objective
 
 import fastcl
 from fastcl import testing
 
+objective("triplet_loss", fastcl.triplet_loss, (6, 4), (6, 4), scaled=False)
+objective(
+    "batch_hard_triplet_loss",
+    lambda x: fastcl.batch_hard_triplet_loss(x, by_row(x, torch.tensor([0, 1]))),
+    *((6, 4),),
+    scaled=False,
+)
 pytestmark = pytest.mark.skipif(not testing.IN_FLOAT64, reason="formulas are compared in float64")
 N, D = 20, 5
 

@@ -5,12 +5,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
-from objective_checks import check, check_compiled, check_derivatives, check_finite, rows
+from objective_checks import check, check_compiled, check_derivatives, check_finite, objective, rows
 
 import fastcl
 from fastcl import testing
 
 in_float64 = pytest.mark.skipif(not testing.IN_FLOAT64, reason="formulas are compared in float64")
+objective("alignment", fastcl.alignment, (6, 4), (6, 4), scaled=False, signature="x, y")
+objective("uniformity", fastcl.uniformity, (6, 4), signature="x, t=2.0", out_of_range=torch.nan)
 
 
 def uniformity_formula(x, t=2.0):

@@ -91,6 +91,19 @@ def test_statistics_of_pair_sets(name, columns, backend):
         same(x, y)
 
 
+@pytest.mark.parametrize("name", ["positive", "exclude", "within"])
+def test_equal_rows_with_different_ids_are_not_symmetric(name, backend):
+    x, ids = rows(N, 4), (ROW % 3, ROW % 4)
+    nothing = torch.zeros(N, N, dtype=torch.bool)
+    told = {"positive": ids[0][:, None] == ids[1], "exclude": ids[0][:, None] == ids[1]}
+    told["within"] = ~told["exclude"]
+    excluded, positive = (nothing, told[name]) if name == "positive" else (told[name], nothing)
+    got = fields(fastcl.similarity_stats(x, x, scale=2.0, rule=PairRule(**{name: ids})))
+    exact = dense(x, x, excluded, positive)
+    for a, b in zip((*got, *grads(got, [x])), (*exact, *grads(exact, [x])), strict=True):
+        same(a, b)
+
+
 @pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("largest", [False, True])
 @pytest.mark.parametrize("among", ["all", "negative", "positive"])

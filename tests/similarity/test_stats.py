@@ -9,6 +9,7 @@ from grids import HERE, every_backend, pairwise
 
 import fastcl
 from fastcl import PairRule, testing
+from fastcl.backends import chunked
 
 FIELDS = tuple(field.name for field in fields(fastcl.SimilarityStats) if field.name != "columns")
 EXTRAS = ("scale", "key_bias", "key_scale")
@@ -71,6 +72,21 @@ def test_shapes_and_kinds(shape):
         case = testing.make_case(kind, shape)
         check(case, each=every_backend())
         check(case, torch.float32, scale=0.3, each=every_backend())
+
+
+def test_the_chunks_of_a_call_add_up(monkeypatch):
+    """Of rows, of columns and of every gradient; the last chunk is smaller."""
+    monkeypatch.setattr(chunked, "_CHUNK_ELEMENTS", 10 * SMALL[1])
+    with fastcl.use_backend("chunked"):
+        for kind in ("random", "duplicate-ids"):
+            for columns in (False, True):
+                check(testing.make_case(kind, SMALL, seed=6), columns=columns)
+        query = testing.make_case("random", SMALL, seed=6).query
+        got, exact = (
+            testing.value_and_grads(lambda x, f=f: flat(f(x, x)), [query])
+            for f in (fastcl.similarity_stats, testing.dense_stats)
+        )
+        torch.testing.assert_close(got, exact)
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)

@@ -39,6 +39,18 @@ def test_order_and_ties(k, dtype, backend):
     check(integers(25, 6, 0), integers(507, 6, 1), k, dtype)
 
 
+@pytest.mark.parametrize("largest", [True, False])
+def test_a_bound_leaves_out_what_is_equal_to_it(largest, backend):
+    query, key = integers(25, 6, 0), integers(60, 6, 1)
+    similarity, nothing = query @ key.T, -torch.inf if largest else torch.inf
+    below = similarity.median(1).values  # of the row, so that one is equal to it
+    expected = similarity.masked_fill(similarity >= below[:, None], nothing)
+    expected, order = expected.sort(dim=1, descending=largest, stable=True)
+    values, indices = fastcl.similarity_topk(query, key, 60, largest=largest, below=below)
+    assert torch.equal(values, expected)
+    assert torch.equal(indices, order.masked_fill(expected == nothing, -1))
+
+
 @pytest.mark.parametrize("shape", testing.SHAPES, ids=str)
 def test_shapes(shape, backend):
     n, m, d = shape

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from fastcl.train.evaluate.evaluation import LINEAR, Evaluation
@@ -35,15 +36,23 @@ class Monitor(Callback):
         path: of the CSV file; an older one is replaced.
         every: epochs between evaluations; the untrained encoder and the last epoch are always evaluated.
         settings: of the run, kept in the checkpoint.
+        options: of the run, told to the loggers with its results.
     """
 
     def __init__(
-        self, evaluation: Evaluation | None, path: Path, *, every: int, settings: Mapping[str, object]
+        self,
+        evaluation: Evaluation | None,
+        path: Path,
+        *,
+        every: int,
+        settings: Mapping[str, object],
+        options: Mapping[str, object],
     ) -> None:
         self.evaluation = evaluation
         self.path = path
         self.every = every
         self.settings = dict(settings)
+        self.options = dict(options)
         self.rows: list[Row] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -71,6 +80,12 @@ class Monitor(Callback):
             row.update(found)
         self.rows.append(row)
         self._write(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        final = {f"final/{name}": value for name, value in self.rows[-1].items() if name != "epoch"}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(self.options, final)
 
     def _measured(self, module: LightningModule, *, linear: bool) -> Row:
         assert isinstance(module, Method)

@@ -43,7 +43,6 @@ from fastcl.train.stopping import CleanStop
 from fastcl.train.times import StepTimes
 
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-_LOGGED_EVERY = 10  # steps, for TensorBoard
 
 
 def prepare(method: str, **options: Any) -> Run:
@@ -118,6 +117,7 @@ class Run:
             settings.out / "metrics.csv",
             every=settings.evaluate_every,
             settings=self.folder.identity(),
+            options=self.folder.options(),
         )
         with _quiet_lightning():
             stop = CleanStop(self.folder.checkpoint)
@@ -134,7 +134,6 @@ class Run:
             with stop.guard(trainer):
                 if trainer.is_global_zero:
                     self.folder.prepare()
-                    trainer.loggers[0].log_hyperparams(self.folder.options())
                 trainer.fit(
                     self.method,
                     batches,
@@ -164,8 +163,10 @@ class Run:
                 use_distributed_sampler=False,
                 plugins=[checkpoints.AtomicCheckpointIO()],
                 callbacks=[SeedEpochs(settings.seed), *callbacks, saving, progress],
-                logger=TensorBoardLogger(settings.out, name="tensorboard", version=""),
-                log_every_n_steps=_LOGGED_EVERY,
+                logger=TensorBoardLogger(
+                    settings.out, name="tensorboard", version="", default_hp_metric=False
+                ),
+                log_every_n_steps=1,
                 profiler=times,
                 enable_progress_bar=terminal,
                 enable_model_summary=False,
@@ -246,6 +247,10 @@ def _check_batches(settings: Settings, source: Source) -> None:
     if settings.batch_size % settings.processes != 0:
         raise ValueError(
             f"batch_size must be a multiple of the {settings.processes} processes, got {settings.batch_size}"
+        )
+    if source.test is not None and len(source.test) < settings.processes:
+        raise ValueError(
+            f"data must have a test image per process, got {len(source.test)} for {settings.processes}"
         )
     own, chunk = settings.batch_size // settings.processes, settings.encode_chunk
     if chunk is not None and (chunk < 2 or own % chunk != 0):

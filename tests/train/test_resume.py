@@ -333,7 +333,7 @@ class TestChunks:
         assert apart < 1e-6 * moved
 
     def test_a_slow_copy_and_a_queue_are_encoded_in_chunks_too(self, tmp_path: Path) -> None:
-        for method, own in (("moco-v3", {"hidden": 16}), ("byol", {"hidden": 16}), ("mochi", {})):
+        for method, own in (("moco-v3", {"hidden": 16}), ("simsiam", {"hidden": 16}), ("mochi", {})):
             out = tmp_path / method
             prepare(method, out=out, epochs=2, encode_chunk=64, **own, **SMALL).fit()
             assert all(math.isfinite(loss) for loss in losses(out))

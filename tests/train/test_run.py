@@ -92,8 +92,10 @@ class TestRun:
         accuracies = events.Scalars("linear_top1")
         assert [event.step for event in accuracies] == [0, 9]
         assert accuracies[0].value == pytest.approx(float(rows(out)[0]["linear_top1"]))
-        assert "width: 4" in (out / "tensorboard" / "hparams.yaml").read_text().splitlines()
-        assert "_hparams_/session_start_info" in events.summary_metadata
+        assert [event.step for event in events.Scalars("step/loss")] == list(range(10))
+        told = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+        assert b"batch_size" in told
+        assert events.Scalars("final/loss")[0].value == pytest.approx(float(rows(out)[-1]["loss"]))
 
     def test_the_parts_of_a_step_are_recorded(self, out: Path) -> None:
         times = json.loads((out / "times.json").read_text())

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import fastcl
-from fastcl import testing
+from fastcl import PairRule, testing
 
 # rows of each rank: equal, uneven, and a rank without any
 COUNTS = {2: ((4, 4), (5, 3)), 3: ((4, 1, 3), (5, 0, 2))}
@@ -279,6 +279,28 @@ def _check_a_temperature_per_row(group):
         torch.testing.assert_close(own_queue, queue)
 
 
+def _check_statistics(group):
+    """Of rows and of columns, with labels and ids that mean the same on every rank, each side its own."""
+    counts = COUNTS[group.size()][0]
+    (query, key), labels = whole_batch(sum(counts), 2, torch.float64)
+    ids = torch.arange(len(query))
+    sides = (labels, labels.flip(0)), (ids, (ids + 1) % len(query))
+    own = own_rows(counts, group.rank())
+
+    def flat(stats):
+        return [x for side in (stats, stats.columns) for x in (side.lse_neg, side.lse_pos, side.pos_sum)]
+
+    whole = flat(
+        fastcl.similarity_stats(query, key, rule=PairRule(positive=sides[0], exclude=sides[1]), columns=True)
+    )
+    positive, exclude = (tuple(x[own] for x in side) for side in sides)
+    rule = PairRule(positive=positive, exclude=exclude)
+    for ring in (False, True):
+        got = fastcl.similarity_stats(query[own], key[own], rule=rule, columns=True, group=group, ring=ring)
+        for a, b in zip(flat(got), whole, strict=True):
+            torch.testing.assert_close(a, b[own])
+
+
 def _check_errors(group):
     x = torch.randn(4, 3, requires_grad=True)
     for transformed in (torch.func.grad, lambda f: lambda z: torch.func.jvp(f, (z,), (z,)), torch.func.vmap):
@@ -312,6 +334,7 @@ def test_other_backends_dtypes_and_groups_memory_and_errors(tmp_path):
         _check_the_ring_saves_one_shard,
         _check_frozen_keys,
         _check_a_temperature_per_row,
+        _check_statistics,
         _check_errors,
     )
     on_every_rank(checks, 3, tmp_path)

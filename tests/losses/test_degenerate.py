@@ -96,6 +96,20 @@ def test_sup_con_rows_without_positives_contribute_zero_and_are_counted(variant,
 
 
 @pytest.mark.parametrize("variant", ["out", "in"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_lone_row_has_neither_positives_nor_negatives(variant, reduction, backend):
+    """Nor a gradient: the difference of two infinities is nowhere in it."""
+    row = torch.randn(1, 3, dtype=testing.WIDEST, requires_grad=True)
+    temperature = torch.tensor(0.5, requires_grad=True)
+    options = {"variant": variant, "reduction": reduction}
+    loss = fastcl.sup_con(row, torch.zeros(1, dtype=torch.int64), temperature=temperature, **options)
+    loss.sum().backward()
+    assert loss.sum() == 0
+    assert not row.grad.any()
+    assert temperature.grad == 0
+
+
+@pytest.mark.parametrize("variant", ["out", "in"])
 def test_sup_con_with_one_class_only(variant, backend):
     """No negatives at all: 'in' is the log of a mean of probabilities that sum to one."""
     features = torch.randn(5, 3, dtype=testing.WIDEST, requires_grad=True)

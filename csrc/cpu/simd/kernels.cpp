@@ -352,6 +352,8 @@ constexpr Kernels<T> kTable = {
     lane_max<T>,
     lane_log_sum<T>,
     both_log_sum<T>,
+    row_log_sum<T>,
+    add_biases<T>,
     exponentiate<T>,
     lane_weights<T>,
     both_weights<T>,

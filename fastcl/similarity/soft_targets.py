@@ -22,6 +22,7 @@ from fastcl.similarity.checks import (
     in_one_dtype,
     inverse_scalar,
 )
+from fastcl.similarity.compiled import anchored
 from fastcl.similarity.numerics import compute_dtype, matmul_precision_level
 from fastcl.similarity.problem import SoftTargets
 from fastcl.similarity.rules import ALL_NEGATIVE, PairRule, check_rule, flattened
@@ -75,7 +76,7 @@ def soft_cross_entropy(
     check_group(group, False)
     _check_rows(query, key, target_query, target_key)
     query, key = in_one_dtype(query, key)
-    views = query if query.dim() == 3 else query[None]
+    views = query if query.dim() == 3 else anchored(query)[None]
     teachers = (target_query if target_query.dim() == 3 else target_query[None]).detach()
     check_same_count("target_query", teachers[0], "query", views[0])
     if target_bias is not None:

@@ -274,11 +274,13 @@ def test_compiles_as_one_graph(dynamic, backend):
         torch.testing.assert_close(got, exact)
 
 
+@pytest.mark.parametrize("views", [False, True])
 @pytest.mark.parametrize("wanted", range(3))
-def test_second_derivatives_of_a_compiled_call_are_refused(wanted, backend):
+def test_second_derivatives_of_a_compiled_call_are_refused(wanted, views, backend):
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     inputs, targets = small()
+    inputs[0] = inputs[0] if views else inputs[0][0]
     data = [x.clone().requires_grad_(i == wanted) for i, x in enumerate(inputs)]
     (grad,) = torch.autograd.grad(compiled(targets, *data).sum(), data[wanted], create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):

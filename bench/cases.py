@@ -154,6 +154,26 @@ def _prototypes(views: int, teachers: int, case: Case) -> Arguments:
     return query, key, target_query.detach(), target_key.detach()
 
 
+def _view_and_prototypes(case: Case) -> Arguments:
+    query, key, target_query, _ = _prototypes(1, 1, case)
+    return query[0].detach().requires_grad_(), key, target_query[0]
+
+
+def _swav_loss(
+    query: Tensor, key: Tensor, target_query: Tensor, *, temperature: float, target_temperature: float
+) -> Tensor:
+    bias = fastcl.sinkhorn(target_query, key, temperature=target_temperature)
+    return fastcl.soft_cross_entropy(
+        query,
+        key,
+        target_query,
+        key,
+        temperature=temperature,
+        target_temperature=target_temperature,
+        target_bias=bias,
+    )
+
+
 def _classes(case: Case) -> Arguments:
     first, second = _views(case)
     features = torch.stack([first, second], dim=1).detach().requires_grad_()
@@ -191,10 +211,13 @@ def _registered(name: str, arguments: Callable[[Case], Arguments], **options: An
     return Loss(loss.function, loss.dense, arguments, **options)
 
 
+_SOFT_TEMPERATURES = {"temperature": 0.1, "target_temperature": 0.05}
+
+
 def _soft_cross_entropy(views: int, teachers: int) -> Loss:
     arguments = partial(_prototypes, views, teachers)
     functions = fastcl.soft_cross_entropy, testing.dense_soft_cross_entropy
-    return Loss(*functions, arguments, views=views, options={"temperature": 0.1, "target_temperature": 0.05})
+    return Loss(*functions, arguments, views=views, options=_SOFT_TEMPERATURES)
 
 
 LOSSES = {
@@ -231,6 +254,7 @@ LOSSES = {
     "siglip_loss": Loss(fastcl.siglip_loss, testing.dense_siglip_loss, _pairs_scale_and_bias),
     "soft_cross_entropy": _soft_cross_entropy(1, 1),
     "dino": _soft_cross_entropy(8, 2),
+    "swav": Loss(_swav_loss, testing.dense_swav_loss, _view_and_prototypes, options=_SOFT_TEMPERATURES),
     "sup_con": _registered(
         "sup_con",
         _classes,
@@ -294,6 +318,7 @@ _GRID = (
     Case("soft_cross_entropy", 256, 128, keys=8192),
     Case("soft_cross_entropy", 512, 256, keys=65_536, sides=(PLAIN, FASTCL)),
     Case("dino", 64, 128, keys=8192),
+    Case("swav", 256, 128, keys=3000),
     Case("sup_con", 512, 128, classes=100, sides=SIDES),
     Case("decoupled_loss", 1024, 128),
     Case("hard_negative_loss", 1024, 128),

@@ -1,4 +1,4 @@
-// The ops of cross-entropy with soft targets.
+// The ops of cross-entropy with soft targets, and of such targets' potentials.
 #include <torch/csrc/stable/library.h>
 
 #include "call.h"
@@ -81,6 +81,17 @@ std::tuple<Tensor, Tensor, Tensor> soft_cross_entropy_backward_op(
   return {grad_query, grad_key, grad_scale};
 }
 
+Tensor sinkhorn_op(Tensor query, Tensor key, Tensor scale, int64_t steps, bool normalize, int64_t precision) {
+  const StatsCall args(query, key, scale, {}, {}, {}, normalize, false, precision, false);
+  const Tensor of_keys = torch::stable::new_empty(query, {key.size(0)}, compute_type(query));
+  auto run = [&](auto zero) {
+    using T = decltype(zero);
+    similarity_sinkhorn<T>(args.call, steps, static_cast<T*>(of_keys.mutable_data_ptr()));
+  };
+  is_double(query) ? run(0.0) : run(0.0f);
+  return of_keys;
+}
+
 }  // namespace
 }  // namespace fastcl::cpu
 
@@ -90,11 +101,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastcl_native, m) {
       "Tensor? target_bias2, Tensor? within_query, Tensor? within_key, Tensor? exclude_keys, "
       "Tensor[] exclude, bool normalize, int precision";
   m.def(("soft_cross_entropy" + call + ", int kept) -> (Tensor, Tensor, Tensor)").c_str());
+  m.def(
+      "sinkhorn(Tensor query, Tensor key, Tensor scale, int steps, bool normalize, int precision) -> Tensor");
   m.def(("soft_cross_entropy_backward" + call +
          ", Tensor grad, Tensor state, Tensor kept, int needs) -> (Tensor, Tensor, Tensor)")
             .c_str());
 }
 STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CPU, m) {
   m.impl("soft_cross_entropy", TORCH_BOX(&fastcl::cpu::soft_cross_entropy_op));
+  m.impl("sinkhorn", TORCH_BOX(&fastcl::cpu::sinkhorn_op));
   m.impl("soft_cross_entropy_backward", TORCH_BOX(&fastcl::cpu::soft_cross_entropy_backward_op));
 }

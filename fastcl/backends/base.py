@@ -110,6 +110,8 @@ class Backend:
     ] = _not_computed
     # how many logits of all softmaxes are worth keeping between the passes
     logits_to_keep: Callable[[SoftTargets], int] = _nothing_to_keep
+    # (query, key, scale, steps, normalize, precision) -> potentials (K,) of the keys; None: by the statistics
+    sinkhorn: Callable[[Tensor, Tensor, Tensor, int, bool, int], Tensor] | None = None
     # values and indices, (N, k) each
     topk: Callable[[TopK], tuple[Tensor, Tensor]] = _not_computed
     # losses (N,) and, for an incoming 1 per row, gradients of query, positive (N, D) and scale (N,)

@@ -100,6 +100,14 @@ def soft_cross_entropy_backward(
     )
 
 
+def sinkhorn(
+    query: Tensor, key: Tensor, scale: Tensor, steps: int, normalize: bool, precision: int
+) -> Tensor:
+    """Potentials (K,) of the keys; the logits are formed once where they are few."""
+    of_keys: Tensor = _native.sinkhorn(query, key, scale, steps, normalize, precision)
+    return of_keys
+
+
 def _native_soft_targets(args: SoftTargets) -> SoftTargets:
     bias = args.target_bias
     return args._replace(
@@ -164,6 +172,7 @@ BACKEND = Backend(
     soft_cross_entropy=soft_cross_entropy,
     soft_cross_entropy_backward=soft_cross_entropy_backward,
     logits_to_keep=logits_to_keep,
+    sinkhorn=sinkhorn,
     topk=topk,
     mochi=mochi,
     enqueue=reference.enqueue,

@@ -57,6 +57,10 @@ library.define(
     f"soft_cross_entropy_backward({_SOFT_TARGETS}, Tensor grad, Tensor state, Tensor kept_logits, "
     "bool[] needs, str backend) -> (Tensor, Tensor, Tensor)"
 )
+library.define(
+    "sinkhorn(Tensor query, Tensor key, Tensor scale, int steps, bool normalize, int precision, "
+    "str backend) -> Tensor"
+)
 # the whole loss: the extension registers the kernels of the first, per device; a backend has the second's
 for _name, _of_backend in (("one_positive", ""), ("one_positive_by", "str backend, ")):
     library.define(
@@ -135,6 +139,14 @@ def _soft_cross_entropy_backward(*args: Any) -> tuple[Tensor, ...]:
     with without_autocast(args[0].device):
         grads = backward(SoftTargets._make(arguments), grad, state, kept, SoftTargetNeeds(*needs))
         return _filled(args[0], *grads)
+
+
+def _sinkhorn(*args: Any) -> Tensor:
+    *arguments, backend = args
+    function = BACKENDS[backend].sinkhorn
+    assert function is not None
+    with without_autocast(args[0].device):
+        return function(*arguments)
 
 
 def _one_positive_by(*args: Any) -> tuple[Tensor, ...]:
@@ -216,6 +228,10 @@ def _fake_soft_cross_entropy_backward(*args: Any) -> tuple[Tensor, ...]:
     return _filled(args[0], *wanted)
 
 
+def _fake_sinkhorn(query: Tensor, key: Tensor, *args: Any) -> Tensor:
+    return query.new_empty(key.shape[0], dtype=compute_dtype(query.dtype))
+
+
 def _fake_one_positive(*args: Any) -> tuple[Tensor, ...]:
     return _fake_whole_loss(args[:3], args[3], args[-1])
 
@@ -258,6 +274,7 @@ for _name, _kernel, _fake in (
     ("logistic_backward", _logistic_backward, _fake_logistic_backward),
     ("soft_cross_entropy", _soft_cross_entropy, _fake_soft_cross_entropy),
     ("soft_cross_entropy_backward", _soft_cross_entropy_backward, _fake_soft_cross_entropy_backward),
+    ("sinkhorn", _sinkhorn, _fake_sinkhorn),
     ("one_positive_by", _one_positive_by, _fake_one_positive),
     ("topk", _topk, _fake_topk),
     ("mochi", _mochi, _fake_mochi),

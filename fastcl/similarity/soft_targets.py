@@ -8,6 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastcl.backends.base import Request
+from fastcl.backends.choice import choose
+from fastcl.backends.registry import BACKENDS
 from fastcl.distributed.gather import check_group, gather_rows, reduce
 from fastcl.ops import sums
 from fastcl.similarity.checks import (
@@ -19,6 +22,7 @@ from fastcl.similarity.checks import (
     in_one_dtype,
     inverse_scalar,
 )
+from fastcl.similarity.compiled import anchored
 from fastcl.similarity.numerics import compute_dtype, matmul_precision_level
 from fastcl.similarity.problem import SoftTargets
 from fastcl.similarity.rules import ALL_NEGATIVE, PairRule, check_rule, flattened
@@ -72,7 +76,7 @@ def soft_cross_entropy(
     check_group(group, False)
     _check_rows(query, key, target_query, target_key)
     query, key = in_one_dtype(query, key)
-    views = query if query.dim() == 3 else query[None]
+    views = query if query.dim() == 3 else anchored(query)[None]
     teachers = (target_query if target_query.dim() == 3 else target_query[None]).detach()
     check_same_count("target_query", teachers[0], "query", views[0])
     if target_bias is not None:
@@ -144,6 +148,25 @@ def sinkhorn(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     scale = inverse_scalar("temperature", temperature, query)
+    query, key = in_one_dtype(query, key)
+    backend = choose(Request.of(query)).name
+    if group is None and BACKENDS[backend].sinkhorn is not None:
+        of_keys: Tensor = torch.ops.fastcl.sinkhorn(
+            query, key, scale, steps, normalize, matmul_precision_level(), backend
+        )
+        return of_keys
+    return _by_statistics(query, key, scale, steps, normalize, group)
+
+
+def _by_statistics(
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    steps: int,
+    normalize: bool,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """A pass over all pairs for each half of a round, and nothing kept."""
     stats = partial(similarity_stats, scale=scale, normalize=normalize)
     of_rows = torch.zeros(query.shape[0], dtype=compute_dtype(query.dtype), device=query.device)
     for step in range(steps):

@@ -24,6 +24,7 @@ from fastcl.testing.dense import (
     dense_soft_cross_entropy,
     dense_stats,
     dense_sup_con,
+    dense_swav_loss,
 )
 from fastcl.testing.losses import LOSSES, MASKED, Loss, example_labels, example_mask
 
@@ -51,6 +52,7 @@ __all__ = [
     "dense_soft_cross_entropy",
     "dense_stats",
     "dense_sup_con",
+    "dense_swav_loss",
     "example_labels",
     "example_mask",
     "generator",

@@ -207,6 +207,28 @@ def dense_soft_cross_entropy(
     return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
 
 
+def dense_swav_loss(
+    query: Tensor,
+    key: Tensor,
+    target_query: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    target_temperature: float | Tensor = 0.05,
+) -> Tensor:
+    """SwAV's loss of one view as its authors write it: three rounds over the exponentials of all scores."""
+    x, y, t = (F.normalize(rows, dim=1) for rows in (query, key, target_query))
+    with torch.no_grad():
+        codes = torch.exp(t @ y.T / target_temperature).T
+        codes /= codes.sum()
+        for _ in range(3):
+            codes /= codes.sum(dim=1, keepdim=True)
+            codes /= codes.shape[0]
+            codes /= codes.sum(dim=0, keepdim=True)
+            codes /= codes.shape[1]
+        target = (codes * codes.shape[1]).T
+    return -(target * (x @ y.T / temperature).log_softmax(dim=1)).sum(dim=1).mean()
+
+
 def dense_stats(
     query: Tensor,
     key: Tensor,

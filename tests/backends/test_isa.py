@@ -8,6 +8,8 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import test_logistic
+import test_soft_targets
 import test_stats
 import test_topk
 import torch
@@ -86,6 +88,20 @@ def test_statistics(dtype, levels):
             test_stats.check(case, dtype, ("scale",), columns=False, normalize=True, each=levels)
         else:
             test_stats.check(case, dtype, scale=0.3, each=levels)
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (63, 64, 65), (252, 507, 123)], ids=str)
+def test_sums_that_are_no_statistics(shape, dtype, level):
+    for kind in ("random", "peaked", "duplicate-ids"):
+        case = testing.make_case(kind, shape, seed=23)
+        test_logistic.check(case, dtype, normalize=True, per_row=True)
+        test_soft_targets.check(kind, shape, dtype, views=2, teachers=2)
+    query, key = case.query.to(dtype), case.key.to(dtype)
+    exact = test_soft_targets.potentials(query, key, 0.5, 3, True)
+    torch.testing.assert_close(
+        fastcl.sinkhorn(query, key, temperature=0.5).double(), exact, rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 127, 128, 129])

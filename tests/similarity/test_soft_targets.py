@@ -274,11 +274,13 @@ def test_compiles_as_one_graph(dynamic, backend):
         torch.testing.assert_close(got, exact)
 
 
+@pytest.mark.parametrize("views", [False, True])
 @pytest.mark.parametrize("wanted", range(3))
-def test_second_derivatives_of_a_compiled_call_are_refused(wanted, backend):
+def test_second_derivatives_of_a_compiled_call_are_refused(wanted, views, backend):
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     inputs, targets = small()
+    inputs[0] = inputs[0] if views else inputs[0][0]
     data = [x.clone().requires_grad_(i == wanted) for i, x in enumerate(inputs)]
     (grad,) = torch.autograd.grad(compiled(targets, *data).sum(), data[wanted], create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
@@ -335,6 +337,7 @@ def test_on_meta():
     query, key = (torch.randn(n, 5, device="meta", requires_grad=True) for n in (6, 7))
     fastcl.soft_cross_entropy(query, key, query.detach(), key.detach()).backward()
     assert (query.grad.shape, key.grad.shape) == (query.shape, key.shape)
+    assert fastcl.sinkhorn(query, key).shape == (7,)
 
 
 @pytest.mark.parametrize("shape", [(65, 63, 64), (300, 2500, 48)], ids=str)
@@ -348,3 +351,51 @@ def test_the_same_bits_for_any_number_of_threads(shape, dtype):
     torch.set_num_threads(before)
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+
+
+# ---- targets under which keys are used equally ----
+
+
+def potentials(query, key, temperature, steps, normalize):
+    """The definition, in float64."""
+    query, key = query.double(), key.double()
+    if normalize:
+        query, key = (torch.nn.functional.normalize(x, dim=1) for x in (query, key))
+    logits = query @ key.T / temperature
+    of_keys = -logits.logsumexp(0)
+    for _ in range(steps - 1):
+        of_keys = -(logits - (logits + of_keys).logsumexp(1, keepdim=True)).logsumexp(0)
+    return of_keys
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*testing.SHAPES[:-1], (252, 507, 123), (700, 2500, 20)], ids=str)
+def test_sinkhorn(shape, dtype, backend):
+    case = testing.make_case("random", shape, seed=11)
+    query, key = case.query.to(dtype), case.key.to(dtype)
+    for temperature, steps, normalize in ((0.05, 3, True), (5.0, 2, False), (1.0, 1, True), (0.002, 4, True)):
+        got = fastcl.sinkhorn(query, key, temperature=temperature, steps=steps, normalize=normalize)
+        exact = potentials(query, key, temperature, steps, normalize)
+        assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        ulp = torch.finfo(got.dtype).eps * (exact.abs().max().item() + 3 / temperature)
+        torch.testing.assert_close(got.double(), exact, rtol=0, atol=8 * steps * ulp)
+
+
+def test_sinkhorn_as_an_op(backend):
+    query, key = torch.randn(6, 5), torch.randn(7, 5)
+    exact = fastcl.sinkhorn(query, key)
+    torch._dynamo.reset()
+    compiled = torch.compile(fastcl.sinkhorn, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(query, key), exact)
+    torch.testing.assert_close(compiled(query[:5], key), fastcl.sinkhorn(query[:5], key))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(fastcl.sinkhorn(query, key), exact, rtol=0, atol=0)
+    torch.testing.assert_close(vmap(lambda x: fastcl.sinkhorn(x, key))(query[None])[0], exact)
+    if BACKENDS[backend].sinkhorn is not None:
+        scale = torch.tensor(20.0, dtype=torch.float64)
+        opcheck(OPS.sinkhorn.default, (query, key, scale, 3, True, 0, backend))
+
+
+def test_sinkhorn_of_nothing(backend):
+    assert fastcl.sinkhorn(torch.randn(4, 3), torch.randn(0, 3)).shape == (0,)
+    assert fastcl.sinkhorn(torch.randn(0, 3), torch.randn(5, 3)).isinf().all()

@@ -4,6 +4,7 @@
 
 #include "cpu/losses/attend.h"
 #include "cpu/losses/logistic.h"
+#include "cpu/losses/sinkhorn.h"
 #include "cpu/losses/topk.h"
 #include "fields.h"
 
@@ -113,6 +114,8 @@ class Similarity {
     write_inputs(sums, result.query, result.key, result.scale, result.key_scale);
     write_bias(sums.bias, keys, result.bias);
   }
+
+  void potentials(int64_t steps, T* of_keys) const { sinkhorn(problem_, steps, of_keys); }
 
   void logistic(const T* bias, T* sums) const {
     const Buffer<T> bias2 = padded(bias, problem_.query.count, static_cast<T>(kLog2E));
@@ -282,6 +285,10 @@ void similarity_topk(const SimilarityCall& call, int64_t k, bool largest, const 
   Similarity<T>(call, Use::similarities).topk(k, largest, below, values, indices);
 }
 template <class T>
+void similarity_sinkhorn(const SimilarityCall& call, int64_t steps, T* of_keys) {
+  Similarity<T>(call, Use::statistics).potentials(steps, of_keys);
+}
+template <class T>
 void similarity_logistic(const SimilarityCall& call, const T* bias, T* sums) {
   Similarity<T>(call, Use::statistics).logistic(bias, sums);
 }
@@ -299,6 +306,7 @@ void similarity_backward(const SimilarityCall& call, const SimilaritySaved<T>& s
 #define FASTCL_INSTANTIATE(T)                                                                     \
   template void similarity_forward<T>(const SimilarityCall&, const SimilarityResult<T>&);         \
   template void similarity_topk<T>(const SimilarityCall&, int64_t, bool, const T*, T*, int64_t*); \
+  template void similarity_sinkhorn<T>(const SimilarityCall&, int64_t, T*);                       \
   template void similarity_logistic<T>(const SimilarityCall&, const T*, T*);                      \
   template void similarity_logistic_backward<T>(const SimilarityCall&, const T*, const T*,        \
                                                 const LogisticGradients<T>&);                     \

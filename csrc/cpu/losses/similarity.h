@@ -41,6 +41,9 @@ void similarity_forward(const SimilarityCall& call, const SimilarityResult<T>& r
 template <class T>
 void similarity_topk(const SimilarityCall& call, int64_t k, bool largest, const T* below, T* values,
                      int64_t* indices);
+// As sinkhorn().
+template <class T>
+void similarity_sinkhorn(const SimilarityCall& call, int64_t steps, T* of_keys);
 // Sums of softplus: as logistic_sums(); `bias` (N) in natural units.
 template <class T>
 void similarity_logistic(const SimilarityCall& call, const T* bias, T* sums);

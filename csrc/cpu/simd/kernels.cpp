@@ -375,12 +375,14 @@ int64_t select_above(Tile<T> tile, const T* threshold, Selected<T> selected) {
 
 template <class T>
 constexpr Kernels<T> kTable = {
-    kLanes<T>,        kPanel<T>,       load_rows<T>,     dot<T>,           sum<T>,
-    add_scaled<T>,    pack_lanes<T>,   logits<T>,        few_logits<T>,    add_to_lanes<T>,
-    add_to_rows<T>,   exclude<T>,      split<T>,         split_members<T>, lane_max<T>,
-    lane_log_sum<T>,  both_log_sum<T>, exponentiate<T>,  lane_weights<T>,  both_weights<T>,
-    pair_weights<T>,  join_logits<T>,  weighted_sum<T>,  logistic_sums<T>, logistic_weights<T>,
-    add_lane_sums<T>, soften<T>,       add_distances<T>, add_softmax<T>,   softmax_less_target<T>,
+    kLanes<T>,        kPanel<T>,        load_rows<T>,        dot<T>,
+    sum<T>,           add_scaled<T>,    pack_lanes<T>,       logits<T>,
+    few_logits<T>,    add_to_lanes<T>,  add_to_rows<T>,      exclude<T>,
+    split<T>,         split_members<T>, lane_max<T>,         lane_log_sum<T>,
+    both_log_sum<T>,  row_log_sum<T>,   add_biases<T>,       exponentiate<T>,
+    lane_weights<T>,  both_weights<T>,  pair_weights<T>,     join_logits<T>,
+    weighted_sum<T>,  logistic_sums<T>, logistic_weights<T>, add_lane_sums<T>,
+    soften<T>,        add_distances<T>, add_softmax<T>,      softmax_less_target<T>,
     lane_quantile<T>, select_above<T>,
 };
 

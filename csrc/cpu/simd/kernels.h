@@ -125,6 +125,9 @@ struct Kernels {
   void (*lane_max)(Tile<T> tile, T* max);
   void (*lane_log_sum)(Tile<T> tile, LogSum<T> lane);
   void (*both_log_sum)(Tile<T> tile, LogSum<T> lane, LogSum<T> row);
+  void (*row_log_sum)(Tile<T> tile, LogSum<T> row);
+  // to = tile + bias of the lane (null: 0) + bias of the row (null: 0); of tiles that stride alike
+  void (*add_biases)(Tile<T> to, Tile<T> tile, const T* lane, const T* row);
   // tile = exp2(tile - max), sum += its lane sums
   void (*exponentiate)(Tile<T> tile, const T* max, T* sum);
 

@@ -85,6 +85,15 @@ void row_log_sum(Tile<T> tile, LogSum<T> row) {
   }
 }
 
+template <class T>
+void add_biases(Tile<T> to, Tile<T> tile, const T* lane, const T* row) {
+  for (int64_t r = 0; r < tile.rows; r++) {
+    const Vec<T> of_row = splat(row ? row[r] : T(0));
+    for (int64_t i = 0; i < vectors_of(tile) * kLanes<T>; i += kLanes<T>)
+      store(to.row(r) + i, load(tile.row(r) + i) + of_row + (lane ? load(lane + i) : Vec<T>{}));
+  }
+}
+
 // Adds a tile's sums, taken relative to `reference`, to running sums of `count` (whole vectors).
 template <class T>
 void merge_log_sum(LogSum<T> running, const T* tile_max, const T* tile_sum, T reference, int64_t count) {

@@ -114,11 +114,8 @@ def _topk(n: int, m: int, d: int, k: int, dtype: torch.dtype = torch.float32) ->
     return Cell(f"similarity_topk-{n}x{m}x{d}-k{k}{_suffix(dtype)}", make)
 
 
-_WITH_KEYS = ("info_nce_negatives", "moco", "mochi", "soft_cross_entropy", "dino", "swav")
-
-
 def _loss(name: str, rows: int, dtype: torch.dtype = torch.float32) -> Cell:
-    keys = _KEYS if name in _WITH_KEYS else 0
+    keys = _KEYS if name in ("info_nce_negatives", "moco", "mochi") else 0
     case = Case(name, rows, 128, keys=keys, classes=10, dtype=dtype)
 
     def make() -> tuple[Function, Function, Arguments]:

@@ -75,7 +75,7 @@ def test_cells_of_the_grid_run(cell) -> None:
 
 def test_a_cell_fails_in_two_runs_of_three() -> None:
     slow, fast = Paired.of([0.4, 0.4, 0.4], [0.5, 0.5, 0.5]), Paired.of([0.4, 0.4, 0.4], [0.4, 0.4, 0.4])
-    assert len(CELLS) == 92
+    assert len(CELLS) == 80
     assert [failed(runs) for runs in ([fast], [slow, fast, fast], [slow, fast, slow])] == [False, False, True]
 
 

@@ -185,9 +185,9 @@ def test_sup_con_is_an_op_and_compiles(mode, variant, grid):
         return fastcl.sup_con(features, labels, temperature=1 / scale, contrast_mode=mode, variant=variant)
 
     rows, every_label = features.detach().transpose(0, 1).flatten(0, 1).requires_grad_(), labels.repeat(2)
-    sides = (rows, None, scale, every_label, None)
+    sides = (rows, None, scale, every_label, None, None)
     if mode == "one":
-        sides = (rows.detach()[:5].requires_grad_(), rows, scale, labels, every_label)
+        sides = (rows.detach()[:5].requires_grad_(), rows, scale, labels, every_label, None)
     opcheck(
         torch.ops.fastcl.sup_con, (*sides, True, variant == "in", True, 0, 0b111 if mode == "one" else 0b101)
     )

@@ -214,3 +214,22 @@ def test_ids_may_be_strided(backend):
     assert not strided.is_contiguous()
     expected = info_nce(query, positive, queue, query_ids=strided.contiguous())
     assert torch.equal(info_nce(query, positive, queue, query_ids=strided), expected)
+
+
+QUEUE_LOSSES = {
+    "in one op": lambda q, k, queue: fastcl.info_nce(q, k, queue),
+    "by its statistics": lambda q, k, queue: fastcl.info_nce(q, k, queue, reduction="none").sum(),
+    "mochi": lambda q, k, queue: fastcl.mochi_loss(q, k, queue, n_hard=4, n_mix=2, n_query_mix=2),
+}
+
+
+@pytest.mark.parametrize("name", QUEUE_LOSSES)
+def test_an_overwritten_queue_has_first_derivatives_only(name):
+    query, key = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3)
+    queue = fastcl.NegativeQueue(8, 3)
+    loss = QUEUE_LOSSES[name](query, key, queue)
+    expected = torch.autograd.grad(loss, query, retain_graph=True)
+    queue.enqueue(key)
+    torch.testing.assert_close(torch.autograd.grad(loss, query, retain_graph=True), expected)
+    with pytest.raises(RuntimeError, match="the keys were modified in place"):
+        torch.autograd.grad(loss, query, create_graph=True)

@@ -61,7 +61,7 @@ asan: $(VENV)/.installed
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  $(BIN)/python -m pytest -n auto -p no:cacheprovider -k "(cpu or isa) and not compile and not test_memory" \
 	  tests/backends/test_isa.py tests/similarity/test_stats.py tests/similarity/test_topk.py \
-	  tests/similarity/test_logistic.py tests/similarity/test_soft_targets.py \
+	  tests/similarity/test_logistic.py tests/similarity/test_soft_targets.py tests/similarity/test_sinkhorn.py \
 	  tests/losses/test_losses.py tests/losses/test_degenerate.py tests/losses/test_mochi.py \
 	  tests/memory/test_queue.py; status=$$?; mv build/usual.so fastcl/_native.abi3.so; exit $$status
 

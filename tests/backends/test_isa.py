@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import test_logistic
+import test_sinkhorn
 import test_soft_targets
 import test_stats
 import test_topk
@@ -98,7 +99,7 @@ def test_sums_that_are_no_statistics(shape, dtype, level):
         test_logistic.check(case, dtype, normalize=True, per_row=True)
         test_soft_targets.check(kind, shape, dtype, views=2, teachers=2)
     query, key = case.query.to(dtype), case.key.to(dtype)
-    exact = test_soft_targets.potentials(query, key, 0.5, 3, True)
+    exact = test_sinkhorn.potentials(query, key, 0.5, 3, True)
     torch.testing.assert_close(
         fastcl.sinkhorn(query, key, temperature=0.5).double(), exact, rtol=0, atol=1e-5
     )

@@ -94,6 +94,9 @@ library.define(
 library.define("first_order(Tensor grad, Tensor[] inputs) -> Tensor")
 
 
+_WRITTEN = 3  # first arguments of enqueue
+
+
 def _filled(like: Tensor, *outputs: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if output is None else output for output in outputs)
 
@@ -171,6 +174,9 @@ def _mochi(*args: Any) -> tuple[Tensor, ...]:
 def _enqueue(*args: Any) -> None:
     *arguments, backend = args
     BACKENDS[backend].enqueue(*arguments)
+    for x in arguments[:_WRITTEN]:
+        if x is not None and not x.is_inference():
+            torch.autograd.graph.increment_version(x)  # a kernel's writing does not
 
 
 def _first_order(grad: Tensor, inputs: list[Tensor]) -> Tensor:

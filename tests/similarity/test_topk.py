@@ -39,6 +39,7 @@ def test_order_and_ties(k, dtype, backend):
     check(integers(25, 6, 0), integers(507, 6, 1), k, dtype)
 
 
+@pytest.mark.skipif(testing.INTERPRETED, reason="Triton's kernels take no bounds")
 @pytest.mark.parametrize("largest", [True, False])
 def test_a_bound_leaves_out_what_is_equal_to_it(largest, backend):
     query, key = integers(25, 6, 0), integers(60, 6, 1)

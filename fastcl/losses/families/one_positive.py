@@ -108,12 +108,16 @@ class OnePositive(NamedTuple):
 
     def losses(self, rows: Statistics, columns: Statistics | None) -> Tensor:
         """The loss of each row from the statistics of :meth:`problem`."""
-        losses = self.losses_of(rows.lse_neg)
-        return losses if columns is None else 0.5 * (losses + self.losses_of(columns.lse_neg))
+        positive_logit = self._positive_logit()
+        losses = self._losses(rows.lse_neg, positive_logit)
+        return losses if columns is None else 0.5 * (losses + self._losses(columns.lse_neg, positive_logit))
 
     def losses_of(self, lse_neg: Tensor) -> Tensor:
         """The loss of each row from its ``lse_neg``."""
-        excess = lse_neg - self._positive_logit()
+        return self._losses(lse_neg, self._positive_logit())
+
+    def _losses(self, lse_neg: Tensor, positive_logit: Tensor) -> Tensor:
+        excess = lse_neg - positive_logit
         return excess.masked_fill(lse_neg == -torch.inf, 0.0) if self.decoupled else softplus(excess)
 
     def paired_lse(self) -> Tensor:

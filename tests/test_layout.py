@@ -1,7 +1,6 @@
 """The rooms of the package: who may import whom, and how large a file or a function may be."""
 
 import ast
-import importlib.util
 import re
 from dataclasses import fields
 from graphlib import CycleError, TopologicalSorter
@@ -13,11 +12,9 @@ import fastcl
 from fastcl.similarity.fields import RUNNING, STATE, STATISTICS, Statistics
 
 ROOT = Path(fastcl.__file__).parent
-KERNELS = Path(importlib.util.find_spec("fastcl.kernels").origin).parent
+KERNELS = ROOT / "kernels"
 TREE = Path(__file__).parents[1]
-PYTHON = [
-    path for room in ("fastcl", "kernels", "bench", "tests") for path in sorted(TREE.glob(f"{room}/**/*.py"))
-]
+PYTHON = [path for room in ("fastcl", "bench", "tests") for path in sorted(TREE.glob(f"{room}/**/*.py"))]
 NATIVE = sorted(path for path in TREE.glob("csrc/**/*.*") if path.suffix in (".cpp", ".h", ".cu", ".cuh"))
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION, LINES_OF_A_KERNEL = 400, 60, 100
 
@@ -126,6 +123,6 @@ def test_the_order_of_the_statistics_is_said_once():
 
 
 def test_every_room_is_packaged():
-    packages = (KERNELS.parent / "pyproject.toml").read_text()
+    packages = (TREE / "pyproject.toml").read_text()
     for folder in {path.parent for path in ROOT.rglob("*.py")}:
         assert f'"{_name(folder / "__init__.py")}"' in packages

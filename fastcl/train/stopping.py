@@ -46,7 +46,12 @@ class CleanStop(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the loss, on all ranks: a GPU and other ranks are waited for in every 50th step only."""
+        """Look at the loss, on all ranks: a GPU and other ranks are waited for in every 50th step only.
+
+        And at the signals: an interrupt that reached a callback of a library is swallowed there.
+        """
+        if self.received is not None:
+            raise KeyboardInterrupt
         finite = outputs["loss"].isfinite().all()
         self._finite = finite if self._finite is None else self._finite & finite
         waits = trainer.world_size > 1 or finite.is_cuda

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import math
@@ -217,11 +218,22 @@ class TestStopping:
             checkpoint = tmp_path / number.name / "simclr.ckpt"
             wait_for_epoch(process, 10)
             process.send_signal(number)
-            _, err = process.communicate(timeout=60)
+            _, err = process.communicate(timeout=240)
             assert process.returncode == 1
             assert f"stopped by {number.name}; {checkpoint} is whole" in err.splitlines()[-1]
             assert "Traceback" not in err
             assert torch.load(checkpoint, weights_only=True)["epoch"] >= 8
+
+    def test_a_signal_that_a_library_swallowed_stops_the_run_all_the_same(self, tmp_path: Path) -> None:
+        run = prepare("simclr", out=tmp_path, epochs=3, **SMALL)
+
+        def swallowed() -> None:
+            with contextlib.suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        run.method.on_train_epoch_start = swallowed
+        with pytest.raises(RunStoppedError, match="stopped by SIGTERM, before the first checkpoint"):
+            run.fit()
 
     def test_a_full_disk_leaves_the_last_checkpoint_whole(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -58,7 +58,7 @@ class Row(NamedTuple):
 
 def compile_for(target: str, names: Sequence[str], only: Container[str] | None = None) -> list[Row]:
     """Compile what calls would launch on ``target``, each form once; all kernels or ``only`` those named."""
-    tiles.architecture = lambda device: target
+    tiles.architecture = lambda device: target  # type: ignore[assignment]
     launch.input_precision = lambda device: "ieee" if target.startswith("gfx") else "tf32x3"
     launch.launch = lambda *args, **options: launched.append((*args, options))
     launch.matmul = lambda a, b: a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)

@@ -68,7 +68,7 @@ def first_clean(architecture: str, kernel: str, dtype: torch.dtype, width: int) 
 
 
 def _compiles(architecture: str, kernel: str, dtype: torch.dtype, width: int, tile: Tile) -> bool:
-    tiles.tile = lambda *arguments: tile
+    tiles.tile = lambda *arguments: tile  # type: ignore[assignment]
     names = [call.name for call in _calls(dtype, width)]
     return not any(row.failed() for row in aot.compile_for(architecture, names, _FUNCTIONS[kernel]))
 
@@ -83,7 +83,7 @@ def fastest(architecture: str, kernel: str, dtype: torch.dtype, width: int, trie
 
     def milliseconds(tile: Tile) -> float:
         usual = tiles.tile
-        tiles.tile = lambda name, *rest: tile if name == kernel else usual(name, *rest)
+        tiles.tile = lambda name, *rest: tile if name == kernel else usual(name, *rest)  # type: ignore[assignment]
         torch.set_default_device("cuda")
         total = sum(do_bench(call.run, return_mode="median") for call in _calls(dtype, width))
         tiles.tile = usual

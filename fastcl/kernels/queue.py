@@ -10,6 +10,7 @@ from fastcl.kernels import launch, losses, stats, tiles
 from fastcl.kernels.device import mochi as device_mochi
 from fastcl.kernels.device import rows as device_rows
 from fastcl.kernels.device import topk as device_topk
+from fastcl.kernels.device.layout import NEGATIVE_WEIGHTS
 from fastcl.kernels.device.mochi import Mix
 from fastcl.kernels.device.one_positive import Direction
 from fastcl.kernels.device.tile import Side
@@ -91,7 +92,7 @@ def mochi(args: Mochi) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, hard = _select(query.side(), keys.side(), args.n_hard)
     partials, weighted = stats.attend(query.side(), keys.side(), scale, spare=1)
     _synthesize(args, query, keys.rows, hard, scale, partials.data[-1], weighted[-1])
-    weights = scale.new_empty(stats.NEGATIVE_WEIGHTS, n)
+    weights = scale.new_empty(NEGATIVE_WEIGHTS, n)
     direction = Direction(partials, None, 0, n, weights)
     loss = losses.find_losses(query, positive, scale, (direction,), 1.0, 1.0)
     grad_query, grad_positive = (scale.new_empty(args.query.shape) for _ in range(2))

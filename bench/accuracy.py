@@ -1,4 +1,4 @@
-"""Every method on a subset of CIFAR-10, a few minutes each: ``python -m bench.accuracy FOLDER [METHOD ...]``.
+"""Every method on a subset of CIFAR-10, a few minutes each: ``python -m bench.accuracy FOLDER [--methods METHOD ...]``.
 
 FOLDER holds CIFAR-10 as train/ and test/ with a folder of images per class. 12,000 of its training images at
 16 pixels train a resnet8. Each run's metrics.csv goes to bench/results/cifar10-subset, from which a table and
@@ -40,7 +40,7 @@ def main() -> None:
     """Train, copy the metrics, and write table and picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     given = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Every method on a subset of CIFAR-10, a few minutes each: ``python -m bench.accuracy FOLDER [--methods METHOD ...]``.
+"""Every method on a subset of CIFAR-10, a few minutes each: ``python -m bench.accuracy FOLDER``.
 
 FOLDER holds CIFAR-10 as train/ and test/ with a folder of images per class. 12,000 of its training images at
 16 pixels train a resnet8. Each run's metrics.csv goes to bench/results/cifar10-subset, from which a table and

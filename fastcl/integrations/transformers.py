@@ -57,7 +57,7 @@ def _fused(original: Any, loss_of: Any) -> Any:
         if return_loss:
             text = outputs.text_embeds
             loss = loss_of(self, text, outputs.image_embeds.to(text.device))
-            outputs = type(outputs)(loss=in_dtype_of(text, loss), **outputs)
+            outputs = type(outputs)(loss=loss, **outputs)
         return (
             outputs
             if (self.config.return_dict if return_dict is None else return_dict)
@@ -68,7 +68,7 @@ def _fused(original: Any, loss_of: Any) -> Any:
 
 
 def _clip(model: Any, text: Tensor, image: Tensor) -> Tensor:
-    return clip_loss(image, text, model.logit_scale.exp(), normalize=False)
+    return in_dtype_of(text, clip_loss(image, text, model.logit_scale.exp(), normalize=False))
 
 
 def _siglip(model: Any, text: Tensor, image: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class Watch(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.ops, self.largest, self.largest_mask = set(), 0, 0
+        self.ops, self.sizes, self.mask_sizes = set(), [0], [0]
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
@@ -42,9 +42,7 @@ class Watch(TorchDispatchMode):
             self.ops.add(str(function))
         for x in tree_leaves(made):
             if isinstance(x, torch.Tensor):
-                self.largest_mask = max(self.largest_mask, x.numel())
-                if x.dtype != torch.bool:
-                    self.largest = max(self.largest, x.numel())
+                (self.mask_sizes if x.dtype == torch.bool else self.sizes).append(x.numel())
         return made
 
 
@@ -54,8 +52,8 @@ def assert_fused(loss, inputs, below, mask_below=None):
     with Watch() as watch:
         loss(*leaves).backward()
     assert watch.ops
-    assert max(x.numel() for x in leaves) <= watch.largest < below
-    assert watch.largest_mask < (mask_below or below)
+    assert max(x.numel() for x in leaves) <= max(watch.sizes) < below
+    assert max(watch.mask_sizes) < (mask_below or below)
 
 
 def assert_not_fused(loss, inputs):

@@ -6,9 +6,11 @@ import torch.distributed as dist
 from peer_checks import assert_fused, assert_same, assert_same_signature
 from test_distributed import on_every_rank
 
-ours = pytest.importorskip("fastcl.integrations.lightly")
+pytest.importorskip("fastcl.integrations.lightly")
 
 from lightly import loss as theirs
+
+from fastcl.integrations import lightly as ours
 
 NAMES = "NTXentLoss", "DCLLoss", "DCLWLoss"
 
@@ -89,9 +91,7 @@ def check_gathering(group):
     for name in NAMES:
         pair = [getattr(module, name)(gather_distributed=True) for module in (ours, theirs)]
         assert_same(*pair, views(4))
-    pair = [
-        module.NTXentLoss(memory_bank_size=(10, 5), gather_distributed=True) for module in (ours, theirs)
-    ]
+    pair = [module.NTXentLoss(memory_bank_size=(10, 5), gather_distributed=True) for module in (ours, theirs)]
     pair[0].memory_bank.bank = pair[1].memory_bank.bank.clone()
     for _ in range(2):
         assert_same(*pair, views(4, torch.float32), 1e-4)

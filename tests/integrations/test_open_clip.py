@@ -8,9 +8,11 @@ import torch.distributed as dist
 from peer_checks import assert_fused, assert_not_fused, assert_same, assert_same_signature
 from test_distributed import on_every_rank
 
-ours = pytest.importorskip("fastcl.integrations.open_clip")
+pytest.importorskip("fastcl.integrations.open_clip")
 
 from open_clip import loss as theirs
+
+from fastcl.integrations import open_clip as ours
 
 SCALE, BIAS = torch.tensor(8.0, dtype=torch.float64), torch.tensor([-3.0], dtype=torch.float64)
 

@@ -6,10 +6,12 @@ import torch.distributed as dist
 from peer_checks import assert_fused, assert_not_fused, assert_same, assert_same_signature
 from test_distributed import on_every_rank
 
-ours = pytest.importorskip("fastcl.integrations.pytorch_metric_learning")
+pytest.importorskip("fastcl.integrations.pytorch_metric_learning")
 
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
+
+from fastcl.integrations import pytorch_metric_learning as ours
 
 NAMES = "NTXentLoss", "SupConLoss"
 LABELS = torch.tensor([0, 0, 1, 1, 1, -2, 3, -2])  # one sample is alone

@@ -19,9 +19,9 @@ def peer(requirement: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"no {error.name} here: pip install '{requirement}'", name=error.name
-        ) from error
+        missing = str(error.name).partition(".")[0]
+        message = f"no {missing} here: pip install '{requirement}'"
+        raise ModuleNotFoundError(message, name=missing) from error
 
 
 def in_dtype_of(rows: Tensor, loss: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ try:
     from fastcl.train.methods.barlow_twins import BarlowTwins
     from fastcl.train.methods.base import Batch, Method
     from fastcl.train.methods.byol import BYOL
+    from fastcl.train.methods.dino import DINO
     from fastcl.train.methods.mochi import MoCHi
     from fastcl.train.methods.moco import MoCo
     from fastcl.train.methods.moco_v3 import MoCoV3
@@ -18,6 +19,7 @@ try:
     from fastcl.train.methods.simclr import SimCLR
     from fastcl.train.methods.simsiam import SimSiam
     from fastcl.train.methods.supcon import SupCon
+    from fastcl.train.methods.swav import SwAV
     from fastcl.train.methods.vicreg import VICReg
     from fastcl.train.optimizers import Optimization
     from fastcl.train.run import Run, prepare
@@ -28,6 +30,7 @@ except ModuleNotFoundError as error:
 
 __all__ = [
     "BYOL",
+    "DINO",
     "BarlowTwins",
     "Batch",
     "Cosine",
@@ -42,6 +45,7 @@ __all__ = [
     "SimCLR",
     "SimSiam",
     "SupCon",
+    "SwAV",
     "VICReg",
     "cached_step",
     "export",

@@ -91,7 +91,7 @@ class Monitor(Callback):
         assert isinstance(module, Method)
         if self.evaluation is None:
             return {}
-        return self.evaluation.measure(module.encoder, module.device, linear=linear)
+        return self.evaluation.measure(module.evaluated, module.device, linear=linear)
 
     def _write(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero:
@@ -109,7 +109,7 @@ class EpochFeatures(Callback):
     """Calls a method's :meth:`~Method.begin_epoch`, if it has one, with features of the training samples.
 
     Args:
-        features: of an encoder on a device, this rank's share, a batch at a time.
+        features: of a network on a device, this rank's share, a batch at a time.
     """
 
     def __init__(self, features: Callable[[nn.Module, torch.device], Iterator[Features]]) -> None:
@@ -118,7 +118,7 @@ class EpochFeatures(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Method)
         if type(pl_module).begin_epoch is not Method.begin_epoch:
-            pl_module.begin_epoch(self.features(pl_module.encoder, pl_module.device))
+            pl_module.begin_epoch(self.features(pl_module.observed, pl_module.device))
 
 
 class SeedEpochs(Callback):

@@ -72,7 +72,7 @@ class Run:
         settings: its options.
         folder: of the results.
         source: the images.
-        method: what is trained; its ``encoder`` is what is evaluated.
+        method: what is trained; its ``evaluated`` network is what is evaluated.
 
     Raises:
         ValueError: as :func:`prepare`.
@@ -185,7 +185,7 @@ class Run:
         if self.settings.evaluate_every:
             self.method.to(device)
             images = source.test or source.bank
-            drawn = evaluation.features(self.method.encoder, images, device, evenly(len(images)).tolist())
+            drawn = evaluation.features(self.method.evaluated, images, device, evenly(len(images)).tolist())
             draw_embedding(joined(drawn), source.classes, out / "embedding.png", title)
             written.append("embedding.png")
         for name in ("knn_top1", "knn_top1_few", "linear_top1"):
@@ -272,6 +272,8 @@ def _method(name: str, settings: Settings, source: Source, optimization: Optimiz
     trainer = METHODS[name].trainer
     make: Callable[..., Method] = trainer
     own = trainer.own_options(settings)
+    of_data = {"samples": len(source.train), "classes": len(source.classes)}
+    own |= {argument: of_data[argument] for argument in trainer.data_arguments}
     method = make(encoder, features, source.augment, dim=settings.dim, optimization=optimization, **own)
     method.encode_chunk = settings.encode_chunk
     return method

@@ -73,6 +73,9 @@ class Settings:
         NonNegativeInt, "Views besides the usual two, of a small part of the image (not for digits)."
     ] = 0
     small_crop_size: Annotated[PositiveInt | None, "Side of those; null: 3/7 of the image's."] = None
+    small_crop_max: Annotated[
+        ClosedUnitInterval, "Largest share of an image in those; the smallest is 0.05."
+    ] = 0.14
     neighbours: Annotated[PositiveInt, "Neighbours that vote in the nearest-neighbour evaluation."]
     evaluate_every: Annotated[NonNegativeInt, "Epochs between evaluations; 0: none, not even at the end."]
     limit: Annotated[

@@ -12,7 +12,7 @@ from fastcl.train.data.images import Images, MemoryImages, Unreadable
 from fastcl.train.data.photos import normalize, photo_augmentation
 from fastcl.train.settings import Settings
 
-_SMALL_CROP = (0.05, 0.14)
+_SMALL_CROP_MIN = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,8 @@ def crops(settings: Settings, size: int) -> list[tuple[int, tuple[float, float]]
     Caron et al. 2020, https://arxiv.org/abs/2006.09882, for the small ones.
     """
     small = settings.small_crop_size or max(1, round(size * 3 / 7))
-    return [(size, (settings.crop_min, 1.0))] * 2 + [(small, _SMALL_CROP)] * settings.small_crops
+    shares = (_SMALL_CROP_MIN, settings.small_crop_max)
+    return [(size, (settings.crop_min, 1.0))] * 2 + [(small, shares)] * settings.small_crops
 
 
 def _within(images: MemoryImages, limit: int | None) -> MemoryImages:

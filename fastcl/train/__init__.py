@@ -11,10 +11,13 @@ try:
     from fastcl.train.methods.barlow_twins import BarlowTwins
     from fastcl.train.methods.base import Batch, Method
     from fastcl.train.methods.byol import BYOL
+    from fastcl.train.methods.deepcluster import DeepCluster
     from fastcl.train.methods.dino import DINO
+    from fastcl.train.methods.hcsc import HCSC
     from fastcl.train.methods.mochi import MoCHi
     from fastcl.train.methods.moco import MoCo
     from fastcl.train.methods.moco_v3 import MoCoV3
+    from fastcl.train.methods.pcl import PCL
     from fastcl.train.methods.siamese import Siamese
     from fastcl.train.methods.simclr import SimCLR
     from fastcl.train.methods.simsiam import SimSiam
@@ -31,9 +34,12 @@ except ModuleNotFoundError as error:
 __all__ = [
     "BYOL",
     "DINO",
+    "HCSC",
+    "PCL",
     "BarlowTwins",
     "Batch",
     "Cosine",
+    "DeepCluster",
     "Method",
     "MoCHi",
     "MoCo",

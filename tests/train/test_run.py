@@ -131,6 +131,7 @@ class TestRun:
 
 FEW = {"out": None, "arch": "resnet8", "width": 4, "epochs": 1, "batch_size": 64, "dim": 32, "hidden": 32}
 FEW |= {"queue_size": 256, "n_hard": 64, "n_mix": 16, "n_query_mix": 8, "mix_from_epoch": 0}
+FEW |= {"prototypes": 16, "small_crops": 0, "cluster_from_epoch": 0, "noise": 64}
 
 
 def options(method: str, **others: object) -> dict[str, object]:

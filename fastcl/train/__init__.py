@@ -11,13 +11,17 @@ try:
     from fastcl.train.methods.barlow_twins import BarlowTwins
     from fastcl.train.methods.base import Batch, Method
     from fastcl.train.methods.byol import BYOL
+    from fastcl.train.methods.cmc import CMC
+    from fastcl.train.methods.cpc import CPC
     from fastcl.train.methods.deepcluster import DeepCluster
     from fastcl.train.methods.dino import DINO
     from fastcl.train.methods.hcsc import HCSC
+    from fastcl.train.methods.inst_disc import InstDisc
     from fastcl.train.methods.mochi import MoCHi
     from fastcl.train.methods.moco import MoCo
     from fastcl.train.methods.moco_v3 import MoCoV3
     from fastcl.train.methods.pcl import PCL
+    from fastcl.train.methods.pirl import PIRL
     from fastcl.train.methods.siamese import Siamese
     from fastcl.train.methods.simclr import SimCLR
     from fastcl.train.methods.simsiam import SimSiam
@@ -33,13 +37,17 @@ except ModuleNotFoundError as error:
 
 __all__ = [
     "BYOL",
+    "CMC",
+    "CPC",
     "DINO",
     "HCSC",
     "PCL",
+    "PIRL",
     "BarlowTwins",
     "Batch",
     "Cosine",
     "DeepCluster",
+    "InstDisc",
     "Method",
     "MoCHi",
     "MoCo",

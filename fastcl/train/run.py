@@ -27,7 +27,7 @@ from fastcl.similarity.checks import check_choice
 from fastcl.train import checkpoints
 from fastcl.train.data.choice import kind, load
 from fastcl.train.data.loader import Loader
-from fastcl.train.data.sources import Source
+from fastcl.train.data.sources import Source, has_colours
 from fastcl.train.encoders import make_encoder
 from fastcl.train.evaluate.evaluation import Evaluation
 from fastcl.train.evaluate.features import Features, joined
@@ -94,6 +94,8 @@ class Run:
         self.method = _method(self.name, settings, self.source, optimization)
         if self.method.needs_labels and not self.source.classes:
             raise ValueError(f"data must have labels for {self.name}, {settings.data} has none")
+        if self.method.needs_colours and not has_colours(self.source):
+            raise ValueError(f"data must have colours for {self.name}, {settings.data} has none")
         if initial is not None:
             _initialize(self.method, initial, settings.init)
         self.folder.check_weights(self.method.state_dict())

@@ -56,6 +56,14 @@ def in_memory(
     return Source(train, train, kept, tuple(classes), augment, normalize, channels, size, unreadable)
 
 
+def has_colours(source: Source) -> bool:
+    """Whether the images are not all grey, as far as those in memory tell."""
+    if not isinstance(source.train, MemoryImages):
+        return source.channels == 3
+    images = source.train.images
+    return bool((images[:, :1] != images[:, 1:]).any())
+
+
 def crops(settings: Settings, size: int) -> list[tuple[int, tuple[float, float]]]:
     """Per view, its side and the shares of the image that it may show: two views, then the small crops.
 

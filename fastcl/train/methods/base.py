@@ -59,6 +59,7 @@ class Method(LightningModule):
         synchronizes_batch_norm: whether batch normalization is over all processes, where that can be done.
         needs_labels: whether batches must have labels.
         needs_indices: whether batches must have indices.
+        needs_colours: whether images must have colours.
         data_arguments: what of the data the constructor is told: 'samples', how many there are for training,
             'classes', how many labels.
         views_share_batch_norm: whether views of one size are encoded, and normalized, as one batch.
@@ -67,6 +68,7 @@ class Method(LightningModule):
     synchronizes_batch_norm = True
     needs_labels = False
     needs_indices = False
+    needs_colours = False
     data_arguments: tuple[str, ...] = ()
     views_share_batch_norm = True
     learning_rate: float

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 pytest.importorskip("fastcl.train")
 
 import torch.distributed as dist
-from test_distributed import on_every_rank
 
 from fastcl.train import HCSC, PCL, Batch, DeepCluster, Optimization, prepare
 from fastcl.train.clusters import Clustering, cluster, hierarchy
@@ -87,10 +86,6 @@ def whiten_alone(values: Tensor) -> Tensor:
     centred = values - values.mean(0)
     variances, directions = torch.linalg.eigh(centred.T @ centred / len(values))
     return centred @ directions / variances.sqrt()
-
-
-def test_two_processes_cluster_together(tmp_path: Path) -> None:
-    on_every_rank((clusters_are_the_same_on_every_rank,), 2, tmp_path)
 
 
 class TestPCL:

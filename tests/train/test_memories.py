@@ -13,7 +13,6 @@ from torch import Tensor, nn
 pytest.importorskip("fastcl.train")
 
 import torch.distributed as dist
-from test_distributed import on_every_rank
 
 from fastcl.train import CMC, CPC, PIRL, Batch, InstDisc, Optimization, make_encoder, prepare
 from fastcl.train.data.photos import lightness_and_colour, normalize
@@ -94,10 +93,6 @@ def a_memory_is_the_same_on_every_rank(group: dist.ProcessGroup) -> None:
     dist.all_gather(constants, instances.log_z)
     assert constants[0].isfinite()
     assert constants[0] == constants[1]
-
-
-def test_two_processes_share_a_memory(tmp_path: Path) -> None:
-    on_every_rank((a_memory_is_the_same_on_every_rank,), 2, tmp_path)
 
 
 def test_inst_disc_adds_the_distance_from_the_own_row() -> None:

@@ -17,6 +17,7 @@ try:
     from fastcl.train.methods.dino import DINO
     from fastcl.train.methods.hcsc import HCSC
     from fastcl.train.methods.inst_disc import InstDisc
+    from fastcl.train.methods.kcl import KCL
     from fastcl.train.methods.mochi import MoCHi
     from fastcl.train.methods.moco import MoCo
     from fastcl.train.methods.moco_v3 import MoCoV3
@@ -27,6 +28,7 @@ try:
     from fastcl.train.methods.simsiam import SimSiam
     from fastcl.train.methods.supcon import SupCon
     from fastcl.train.methods.swav import SwAV
+    from fastcl.train.methods.tsc import TSC
     from fastcl.train.methods.vicreg import VICReg
     from fastcl.train.optimizers import Optimization
     from fastcl.train.run import Run, prepare
@@ -41,8 +43,10 @@ __all__ = [
     "CPC",
     "DINO",
     "HCSC",
+    "KCL",
     "PCL",
     "PIRL",
+    "TSC",
     "BarlowTwins",
     "Batch",
     "Cosine",

@@ -15,8 +15,9 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from fastcl.train.evaluate.evaluation import LINEAR, Evaluation
+from fastcl.train.evaluate.evaluation import Evaluation
 from fastcl.train.evaluate.features import Features
+from fastcl.train.evaluate.linear import LINEAR, LONG_TAIL
 from fastcl.train.evaluate.pictures import Row
 from fastcl.train.methods.base import Method
 
@@ -28,6 +29,8 @@ COLUMNS = ("epoch", *_SHOWN, *LINEAR)
 
 class Monitor(Callback):
     """Keeps a row of :data:`COLUMNS` for the untrained encoder and each epoch, in a CSV file.
+
+    Of a long tail it has those of :data:`LONG_TAIL`, too.
 
     The rows are part of the checkpoint, so that a resumed run continues the file from there.
 
@@ -97,7 +100,8 @@ class Monitor(Callback):
         if not trainer.is_global_zero:
             return
         text = StringIO()
-        writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+        long_tail = LONG_TAIL if self.evaluation is not None and self.evaluation.long_tail else ()
+        writer = csv.DictWriter(text, (*COLUMNS, *long_tail), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         written = self.path.with_name(f".{self.path.name}")

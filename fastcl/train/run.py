@@ -113,7 +113,7 @@ class Run:
                 :meth:`fit` of the same settings with ``resume=True`` goes on from the last checkpoint.
         """
         settings, times = self.settings, StepTimes()
-        evaluation = Evaluation(self.source, settings.neighbours)
+        evaluation = Evaluation(self.source, settings.neighbours, long_tail=settings.imbalance > 1)
         monitor = Monitor(
             evaluation if settings.evaluate_every and self.source.test is not None else None,
             settings.out / "metrics.csv",

@@ -82,6 +82,11 @@ class Settings:
         PositiveInt | None,
         "At most this many training images and as many test images, evenly of all classes.",
     ] = None
+    imbalance: Annotated[
+        PositiveInt,
+        "Training images of the first class for each one of the last: classes are cut to a long tail, "
+        "exponentially; 1: not cut.",
+    ] = 1
     workers: Annotated[NonNegativeInt, "Worker processes that read images over 64 pixels, per process."] = 8
     max_unreadable: Annotated[NonNegativeInt, "Unreadable image files to skip before giving up."] = 10
     download_dir: Annotated[Path, "Folder for downloads of 'cifar10' and 'fashion-mnist'."] = Path("data")

@@ -21,7 +21,9 @@ from fastcl.train.ranges import NonNegativeInt
 class KCLSettings(MoCoSettings):
     """KCL's own."""
 
-    n_positives: Annotated[NonNegativeInt, "Keys of an image's class that are its positives, besides its own."] = 6
+    n_positives: Annotated[
+        NonNegativeInt, "Keys of its class that are an image's positives, besides its own."
+    ] = 6
 
 
 RECIPE: Recipe = {
@@ -71,25 +73,27 @@ class KCL(MoCo):
 
     def loss(self, embedded: Rows, targets: Rows, batch: Batch) -> Tensor:
         assert batch.labels is not None
-        keys = torch.cat([targets[0], self.queue.keys.to(targets[0])])
-        each = [self.attract(query, keys, batch.labels) for query in embedded]
+        keys = self.keys(targets[0])
+        each = [
+            fastcl.weighted_info_nce(query, keys, *self.positives(batch.labels), self.temperature)
+            for query in embedded
+        ]
         return torch.stack(each).mean()
 
-    def attract(self, query: Tensor, keys: Tensor, labels: Tensor) -> Tensor:
-        """The loss of (N, dim) queries; ``keys``: their own, then the queue's."""
-        positives = self.positives(labels)
-        weights = (positives >= 0).double() / (positives >= 0).sum(1, keepdim=True)
-        return fastcl.weighted_info_nce(query, keys, positives, weights, self.temperature)
+    def keys(self, own: Tensor) -> Tensor:
+        """What queries are compared with, (M, dim): the batch's keys (N, dim), then the queue's."""
+        return torch.cat([own, self.queue.keys.to(own)])
 
-    def positives(self, labels: Tensor) -> Tensor:
-        """(N, 1 + n_positives): each query's own key, then drawn ones of its class, -1 where there are fewer."""
+    def positives(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """For each query its own key and drawn ones of its class, -1 where there are fewer; their weights."""
         assert self.queue.ids is not None
         own = torch.arange(len(labels), device=labels.device)[:, None]
         alike = labels[:, None] == torch.cat([labels, self.queue.ids])
         alike.scatter_(1, own, False)
         chance = torch.rand(alike.shape, device=labels.device).masked_fill(~alike, -1.0)
         drawn = chance.topk(min(self.n_positives, chance.shape[1]), dim=1)
-        return torch.cat([own, drawn.indices.masked_fill(drawn.values < 0, -1)], dim=1)
+        found = torch.cat([own, drawn.indices.masked_fill(drawn.values < 0, -1)], dim=1)
+        return found, (found >= 0).double() / (found >= 0).sum(1, keepdim=True)
 
     def after_loss(self, embedded: Rows, targets: Rows, batch: Batch) -> None:
         self.queue.enqueue(targets[0], batch.labels, group=self.group)

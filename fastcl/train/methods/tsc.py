@@ -96,23 +96,24 @@ class TSC(KCL):
         _, chosen = linear_sum_assignment(similarity.cpu().numpy(), maximize=True)
         self.centres = self.points[torch.as_tensor(chosen, device=self.points.device)]
 
-    def attract(self, query: Tensor, keys: Tensor, labels: Tensor) -> Tensor:
+    def keys(self, own: Tensor) -> Tensor:
+        keys = super().keys(own)
+        return keys if self.centres is None else torch.cat([keys, self.centres.to(keys)])
+
+    def positives(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        found, weights = super().positives(labels)
         if self.centres is None:
-            return super().attract(query, keys, labels)
-        positives = self.positives(labels)
-        weights = (positives >= 0).double() / (positives >= 0).sum(1, keepdim=True)
-        targets = torch.cat([positives, len(keys) + labels[:, None]], dim=1)
-        weights = nn.functional.pad(weights, (0, 1), value=self.centre_weight)
-        both = torch.cat([keys, self.centres.to(keys)])
-        return fastcl.weighted_info_nce(query, both, targets, weights, self.temperature)
+            return found, weights
+        centre = len(labels) + self.queue.size + labels[:, None]
+        return torch.cat([found, centre], 1), nn.functional.pad(weights, (0, 1), value=self.centre_weight)
 
 
-def spread(count: int, dim: int, *, steps: int = 500) -> Tensor:
+def spread(count: int, dim: int, *, steps: int = 200) -> Tensor:
     """``count`` points of the unit sphere, (count, dim), that keep away from each other; always the same."""
-    points = torch.randn(count, dim, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    optimizer = torch.optim.Adam([points], lr=0.05)
+    points = torch.randn(count, dim, generator=torch.Generator().manual_seed(0), device="cpu")
+    optimizer = torch.optim.Adam([points.requires_grad_()], lr=0.05)
     for _ in range(steps):
         optimizer.zero_grad()
-        fastcl.uniformity(points).backward()
+        fastcl.uniformity(nn.functional.normalize(points)).backward()
         optimizer.step()
     return nn.functional.normalize(points.detach())

@@ -31,8 +31,15 @@ OWN = {
     "vicreg": ("--dim=512", "--hidden=512"),
     "barlow-twins": ("--dim=512", "--hidden=512"),
     "moco-v3": ("--dim=128", "--hidden=512"),
+    "swav": ("--hidden=512", "--prototypes=200", "--small-crops=0"),
+    "dino": ("--dim=128", "--hidden=512", "--prototypes=512", "--momentum=0.97", "--small-crops=0"),
+    "pcl": ("--queue-size=4096", "--momentum=0.99", "--clusters=100,200,400", "--cluster-from-epoch=3"),
+    "hcsc": ("--queue-size=4096", "--momentum=0.99", "--clusters=400,200,100", "--cluster-from-epoch=3"),
+    "deepcluster": ("--clusters=200",),
+    "kcl": ("--queue-size=4096", "--momentum=0.99"),
+    "tsc": ("--queue-size=4096", "--momentum=0.99", "--centres-from-epoch=3"),
 }
-BOUNDS = {"simclr": 0.10, "moco": 0.10, "byol": 0.10}
+BOUNDS = {"simclr": 0.10, "moco": 0.10, "byol": 0.10, "swav": 0.10}
 OTHERS_BOUND = 0.05
 
 

@@ -131,12 +131,14 @@ class TestRun:
 
 FEW = {"out": None, "arch": "resnet8", "width": 4, "epochs": 1, "batch_size": 64, "dim": 32, "hidden": 32}
 FEW |= {"queue_size": 256, "n_hard": 64, "n_mix": 16, "n_query_mix": 8, "mix_from_epoch": 0}
-FEW |= {"prototypes": 16, "small_crops": 0, "cluster_from_epoch": 0, "noise": 64}
+FEW |= {"prototypes": 16, "small_crops": 0, "cluster_from_epoch": 0, "noise": 64, "centres_from_epoch": 0}
+CLUSTERS = {"pcl": (20, 10), "hcsc": (20, 10), "deepcluster": 20}
 
 
 def options(method: str, **others: object) -> dict[str, object]:
     known = METHODS[method].defaults("digits")
-    return {name: value for name, value in (FEW | others).items() if name in known}
+    given = {"clusters": CLUSTERS.get(method), **FEW, **others}
+    return {name: value for name, value in given.items() if name in known}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -145,7 +147,7 @@ def test_every_method_trains(method: str, data: str, tmp_path: Path, request: py
     folder = "digits" if data == "digits" else str(request.getfixturevalue("cifar"))
     if data == "digits" and METHODS[method].trainer.needs_colours:
         pytest.skip("digits have no colours")
-    limit = 256 if data == "digits" else 2000
+    limit = 256 if data == "digits" else 512
     prepare(method, **options(method, data=folder, limit=limit, out=tmp_path)).fit()
     _, trained = rows(tmp_path)
     assert -1 <= float(trained["loss"]) < (20 if method not in ("vicreg", "barlow-twins") else 100)

@@ -23,7 +23,7 @@ from fastcl.train.ranges import NonNegativeInt, PositiveInts
 class PCLSettings(MoCoSettings):
     """PCL's own, and HCSC's."""
 
-    clusters: Annotated[PositiveInts, "Numbers of clusters, one clustering for each, such as 500,1000."]
+    clusters: Annotated[PositiveInts, "Numbers of clusters, one clustering or level for each."]
     cluster_from_epoch: Annotated[NonNegativeInt, "Plain MoCo before this epoch."]
 
 

@@ -106,12 +106,20 @@ class TestPCL:
     def test_clusters_are_of_the_key_encoders_features_from_an_epoch_on(self, tmp_path: Path) -> None:
         run = prepare("pcl", out=tmp_path, epochs=2, clusters="7,3", cluster_from_epoch=1, dim=8, **SMALL)
         run.fit()
+        assert "clusters:\n- 7\n- 3\n" in (tmp_path / "config.yaml").read_text()
         sizes = [found.prototypes.shape for found in run.method.clusterings]
         assert sizes == [(7, 8), (3, 8)]
         assert all(found.assigned.shape == (256,) for found in run.method.clusterings)
         run = prepare("pcl", out=tmp_path / "plain", epochs=1, cluster_from_epoch=1, **SMALL)
         run.fit()
         assert run.method.clusterings == []
+
+    def test_clusters_are_whole_numbers(self, tmp_path: Path) -> None:
+        for given in ("7,x", [1.5], "", True):
+            with pytest.raises(ValueError, match="clusters must be whole numbers such as 20,10, got"):
+                prepare("pcl", out=tmp_path, clusters=given, **SMALL)
+        with pytest.raises(ValueError, match=r"clusters must be at least 1, got \(7, 0\)"):
+            prepare("pcl", out=tmp_path, clusters=(7, 0), **SMALL)
 
     def test_more_clusters_than_images_are_refused(self, tmp_path: Path) -> None:
         for method in ("pcl", "hcsc", "deepcluster"):

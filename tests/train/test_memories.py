@@ -114,6 +114,12 @@ def test_inst_disc_trains_by_softmax_too(options: dict[str, Any], tmp_path: Path
     assert (run.method.instances.bank.keys != before).any(dim=1).all(), "every image was seen"
 
 
+def test_batches_without_indices_are_refused() -> None:
+    module = InstDisc(nn.Identity(), 5, nn.Identity(), samples=12, optimization=SGD)
+    with pytest.raises(ValueError, match=r"InstDisc needs batches \(samples, labels, indices\), got no ind"):
+        module.training_step(Batch(tuple(torch.randn(2, 4, 5))), 0)
+
+
 class TestPIRL:
     def test_image_and_jigsaw_find_the_images_row(self, monkeypatch: pytest.MonkeyPatch) -> None:
         module = PIRL(nn.Flatten(), 1, nn.Identity(), samples=12, dim=5, noise=0, grid=2, optimization=SGD)

@@ -2,7 +2,7 @@
 
 FOLDER holds CIFAR-10 as train/ and test/ with a folder of images per class. 12,000 of its training images at
 16 pixels train a resnet8. Each run's metrics.csv goes to bench/results/cifar10-subset, from which a table and
-a picture of all curves are made anew.
+a picture of all curves are made anew. With --long-tail, SupCon, KCL and TSC learn from classes cut to 1:100.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import csv
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from fastcl.train.methods import METHODS
 
 RESULTS = Path(__file__).parent / "results" / "cifar10-subset"
+LONG_TAIL_RESULTS = RESULTS.with_name("cifar10-long-tail")
 SHARED = (
     *("--limit=12000", "--image-size=16", "--arch=resnet8", "--epochs=8", "--batch-size=256"),
     *("--optimizer=adamw", "--lr=2e-3", "--weight-decay=1e-4", "--warmup-epochs=1", "--evaluate-every=2"),
@@ -31,39 +33,51 @@ OWN = {
     "vicreg": ("--dim=512", "--hidden=512"),
     "barlow-twins": ("--dim=512", "--hidden=512"),
     "moco-v3": ("--dim=128", "--hidden=512"),
+    "swav": ("--hidden=512", "--prototypes=200", "--small-crops=0"),
+    "dino": ("--dim=128", "--hidden=512", "--prototypes=512", "--momentum=0.97", "--small-crops=0"),
+    "pcl": ("--queue-size=4096", "--momentum=0.99", "--clusters=100,200,400", "--cluster-from-epoch=3"),
+    "hcsc": ("--queue-size=4096", "--momentum=0.99", "--clusters=400,200,100", "--cluster-from-epoch=3"),
+    "deepcluster": ("--clusters=200",),
+    "kcl": ("--queue-size=4096", "--momentum=0.99"),
+    "tsc": ("--queue-size=4096", "--momentum=0.99", "--centres-from-epoch=3"),
 }
-BOUNDS = {"simclr": 0.10, "moco": 0.10, "byol": 0.10}
+BOUNDS = {"simclr": 0.10, "moco": 0.10, "byol": 0.10, "swav": 0.10}
 OTHERS_BOUND = 0.05
+LONG_TAIL = ("--limit=50000", "--imbalance=100")
+LONG_TAIL_METHODS = ("supcon", "kcl", "tsc")
+LONG_TAIL_COLUMNS = ("linear_many", "linear_medium", "linear_few", "knn_top1")
 
 
 def main() -> None:
     """Train, copy the metrics, and write table and picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--long-tail", action="store_true")
     given = parser.parse_args()
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    for method in given.methods:
+    options, results = (LONG_TAIL, LONG_TAIL_RESULTS) if given.long_tail else ((), RESULTS)
+    results.mkdir(parents=True, exist_ok=True)
+    for method in given.methods or (LONG_TAIL_METHODS if given.long_tail else METHODS):
         for seed in given.seeds:
-            train(method, seed, given.folder)
-    report()
+            train(method, seed, given.folder, results, options)
+    report_long_tail() if given.long_tail else report()
 
 
-def command(method: str, seed: int, folder: Path, out: Path) -> list[str]:
+def command(method: str, seed: int, folder: Path, out: Path, options: Sequence[str] = ()) -> list[str]:
     """What is typed for one run."""
     return [
-        *("fastcl", "train", method, f"--data={folder}", *SHARED, *OWN.get(method, ())),
+        *("fastcl", "train", method, f"--data={folder}", *SHARED, *OWN.get(method, ()), *options),
         *(f"--seed={seed}", f"--out={out}"),
     ]
 
 
-def train(method: str, seed: int, folder: Path) -> None:
+def train(method: str, seed: int, folder: Path, results: Path, options: Sequence[str]) -> None:
     """One run; an interrupted one goes on."""
-    out = Path("runs") / "cifar10-subset" / f"{method}-{seed}"
-    fastcl, *arguments = command(method, seed, folder, out)
+    out = Path("runs") / results.name / f"{method}-{seed}"
+    fastcl, *arguments = command(method, seed, folder, out, options)
     subprocess.run([Path(sys.executable).with_name(fastcl), *arguments, "--resume"], check=True)
-    shutil.copy(out / "metrics.csv", RESULTS / f"{method}-{seed}.csv")
+    shutil.copy(out / "metrics.csv", results / f"{method}-{seed}.csv")
 
 
 def report() -> None:
@@ -79,6 +93,21 @@ def report() -> None:
     example = command("METHOD", 0, Path("FOLDER"), Path("OUT"))
     (RESULTS / "README.md").write_text(f"```sh\n{' '.join(example)}  # and METHOD's own\n```\n\n{table}")
     _draw(runs)
+
+
+def report_long_tail() -> None:
+    """The table of all runs in :data:`LONG_TAIL_RESULTS`."""
+    text = [
+        f"| method, seed | {' | '.join(LONG_TAIL_COLUMNS)} |",
+        "|---" * (1 + len(LONG_TAIL_COLUMNS)) + "|",
+    ]
+    for path in sorted(LONG_TAIL_RESULTS.glob("*.csv")):
+        last = _rows(path)[-1]
+        text.append(f"| {path.stem} | {' | '.join(f'{float(last[x]):.3f}' for x in LONG_TAIL_COLUMNS)} |")
+    table = "\n".join(text) + "\n"
+    print(table)
+    example = " ".join(command("METHOD", 0, Path("FOLDER"), Path("OUT"), LONG_TAIL))
+    (LONG_TAIL_RESULTS / "README.md").write_text(f"```sh\n{example}  # and METHOD's own\n```\n\n{table}")
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

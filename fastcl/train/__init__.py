@@ -11,13 +11,24 @@ try:
     from fastcl.train.methods.barlow_twins import BarlowTwins
     from fastcl.train.methods.base import Batch, Method
     from fastcl.train.methods.byol import BYOL
+    from fastcl.train.methods.cmc import CMC
+    from fastcl.train.methods.cpc import CPC
+    from fastcl.train.methods.deepcluster import DeepCluster
+    from fastcl.train.methods.dino import DINO
+    from fastcl.train.methods.hcsc import HCSC
+    from fastcl.train.methods.inst_disc import InstDisc
+    from fastcl.train.methods.kcl import KCL
     from fastcl.train.methods.mochi import MoCHi
     from fastcl.train.methods.moco import MoCo
     from fastcl.train.methods.moco_v3 import MoCoV3
+    from fastcl.train.methods.pcl import PCL
+    from fastcl.train.methods.pirl import PIRL
     from fastcl.train.methods.siamese import Siamese
     from fastcl.train.methods.simclr import SimCLR
     from fastcl.train.methods.simsiam import SimSiam
     from fastcl.train.methods.supcon import SupCon
+    from fastcl.train.methods.swav import SwAV
+    from fastcl.train.methods.tsc import TSC
     from fastcl.train.methods.vicreg import VICReg
     from fastcl.train.optimizers import Optimization
     from fastcl.train.run import Run, prepare
@@ -28,9 +39,19 @@ except ModuleNotFoundError as error:
 
 __all__ = [
     "BYOL",
+    "CMC",
+    "CPC",
+    "DINO",
+    "HCSC",
+    "KCL",
+    "PCL",
+    "PIRL",
+    "TSC",
     "BarlowTwins",
     "Batch",
     "Cosine",
+    "DeepCluster",
+    "InstDisc",
     "Method",
     "MoCHi",
     "MoCo",
@@ -42,6 +63,7 @@ __all__ = [
     "SimCLR",
     "SimSiam",
     "SupCon",
+    "SwAV",
     "VICReg",
     "cached_step",
     "export",

@@ -15,8 +15,9 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from fastcl.train.evaluate.evaluation import LINEAR, Evaluation
+from fastcl.train.evaluate.evaluation import Evaluation
 from fastcl.train.evaluate.features import Features
+from fastcl.train.evaluate.linear import LINEAR, LONG_TAIL
 from fastcl.train.evaluate.pictures import Row
 from fastcl.train.methods.base import Method
 
@@ -28,6 +29,8 @@ COLUMNS = ("epoch", *_SHOWN, *LINEAR)
 
 class Monitor(Callback):
     """Keeps a row of :data:`COLUMNS` for the untrained encoder and each epoch, in a CSV file.
+
+    Of a long tail it has those of :data:`LONG_TAIL`, too.
 
     The rows are part of the checkpoint, so that a resumed run continues the file from there.
 
@@ -91,13 +94,14 @@ class Monitor(Callback):
         assert isinstance(module, Method)
         if self.evaluation is None:
             return {}
-        return self.evaluation.measure(module.encoder, module.device, linear=linear)
+        return self.evaluation.measure(module.evaluated, module.device, linear=linear)
 
     def _write(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero:
             return
         text = StringIO()
-        writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+        long_tail = LONG_TAIL if self.evaluation is not None and self.evaluation.long_tail else ()
+        writer = csv.DictWriter(text, (*COLUMNS, *long_tail), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         written = self.path.with_name(f".{self.path.name}")
@@ -109,7 +113,7 @@ class EpochFeatures(Callback):
     """Calls a method's :meth:`~Method.begin_epoch`, if it has one, with features of the training samples.
 
     Args:
-        features: of an encoder on a device, this rank's share, a batch at a time.
+        features: of a network on a device, this rank's share, a batch at a time.
     """
 
     def __init__(self, features: Callable[[nn.Module, torch.device], Iterator[Features]]) -> None:
@@ -118,7 +122,7 @@ class EpochFeatures(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Method)
         if type(pl_module).begin_epoch is not Method.begin_epoch:
-            pl_module.begin_epoch(self.features(pl_module.encoder, pl_module.device))
+            pl_module.begin_epoch(self.features(pl_module.observed, pl_module.device))
 
 
 class SeedEpochs(Callback):

@@ -77,12 +77,17 @@ def _parser(method: str, kind_of_data: str) -> argparse.ArgumentParser:
     recipes = {of: METHODS[method].defaults(of) for of in KINDS}
     types = get_type_hints(settings, include_extras=True)
     for field in fields(settings):
-        values = [recipe[field.name] for recipe in recipes.values()]
+        values = [_shown(recipe[field.name]) for recipe in recipes.values()]
         help = described(types[field.name])
         if any(value != values[0] for value in values):
             help += f" ({', '.join(f'{of}: {value}' for of, value in zip(KINDS, values, strict=True))})"
-        help += f" (default: {recipes[kind_of_data][field.name]})"
+        help += f" (default: {_shown(recipes[kind_of_data][field.name])})"
         flag: dict[str, Any] = {"nargs": "?", "const": True} if is_flag(types[field.name]) else {}
         name = field.name.replace("_", "-")
         parser.add_argument(f"--{name}", metavar=name.upper(), help=help.replace("%", "%%"), **flag)
     return parser
+
+
+def _shown(value: object) -> str:
+    """As it is typed."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -31,14 +32,19 @@ NonNegativeInt = Annotated[int, Range(0)]
 PositiveFloat = Annotated[float, Range(0, open=True)]
 NonNegativeFloat = Annotated[float, Range(0)]
 ClosedUnitInterval = Annotated[float, Range(0, 1)]
+PositiveInts = Annotated[tuple[int, ...], Range(1)]
 
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
+_KINDS = {
+    **{int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"},
+    tuple: "whole numbers such as 20,10",
+}
 _ACCEPTED: dict[Any, tuple[type, ...]] = {
     int: (int, str),
     float: (int, float, str),
     bool: (bool, str),
     str: (str,),
     Path: (str, Path),
+    tuple: (str, int, list, tuple),
 }
 _TRUTHS = {"true": True, "yes": True, "false": False, "no": False}
 
@@ -69,7 +75,7 @@ def checked(name: str, option: Any, value: Any) -> Any:
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{name} must be {_KINDS[kinds[0]]}, got {value!r}") from None
     for bounds in _ranges(option):
-        if result not in bounds:
+        if any(x not in bounds for x in (result if isinstance(result, tuple) else [result])):
             raise ValueError(f"{name} must be {bounds}, got {result}")
     return result
 
@@ -84,7 +90,7 @@ def _kinds(option: Any) -> list[Any]:
         return _kinds(get_args(option)[0])
     if get_origin(option) in (Union, UnionType):
         return [kind for inner in get_args(option) for kind in _kinds(inner)]
-    return [option]
+    return [get_origin(option) or option]
 
 
 def _ranges(option: Any) -> list[Range]:
@@ -99,6 +105,9 @@ def _converted(kind: Any, value: Any) -> Any:
         raise TypeError
     if kind is bool:
         return _TRUTHS[str(value).lower()]
+    if kind is tuple:
+        several = value.split(",") if isinstance(value, str) else value
+        return tuple(_converted(int, x) for x in (several if isinstance(several, Sequence) else [several]))
     result = kind(value)
     if kind is float and not math.isfinite(result):
         raise ValueError

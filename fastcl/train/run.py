@@ -27,7 +27,7 @@ from fastcl.similarity.checks import check_choice
 from fastcl.train import checkpoints
 from fastcl.train.data.choice import kind, load
 from fastcl.train.data.loader import Loader
-from fastcl.train.data.sources import Source
+from fastcl.train.data.sources import Source, has_colours
 from fastcl.train.encoders import make_encoder
 from fastcl.train.evaluate.evaluation import Evaluation
 from fastcl.train.evaluate.features import Features, joined
@@ -72,7 +72,7 @@ class Run:
         settings: its options.
         folder: of the results.
         source: the images.
-        method: what is trained; its ``encoder`` is what is evaluated.
+        method: what is trained; its ``evaluated`` network is what is evaluated.
 
     Raises:
         ValueError: as :func:`prepare`.
@@ -94,6 +94,8 @@ class Run:
         self.method = _method(self.name, settings, self.source, optimization)
         if self.method.needs_labels and not self.source.classes:
             raise ValueError(f"data must have labels for {self.name}, {settings.data} has none")
+        if self.method.needs_colours and not has_colours(self.source):
+            raise ValueError(f"data must have colours for {self.name}, {settings.data} has none")
         if initial is not None:
             _initialize(self.method, initial, settings.init)
         self.folder.check_weights(self.method.state_dict())
@@ -111,7 +113,7 @@ class Run:
                 :meth:`fit` of the same settings with ``resume=True`` goes on from the last checkpoint.
         """
         settings, times = self.settings, StepTimes()
-        evaluation = Evaluation(self.source, settings.neighbours)
+        evaluation = Evaluation(self.source, settings.neighbours, long_tail=settings.imbalance > 1)
         monitor = Monitor(
             evaluation if settings.evaluate_every and self.source.test is not None else None,
             settings.out / "metrics.csv",
@@ -185,7 +187,7 @@ class Run:
         if self.settings.evaluate_every:
             self.method.to(device)
             images = source.test or source.bank
-            drawn = evaluation.features(self.method.encoder, images, device, evenly(len(images)).tolist())
+            drawn = evaluation.features(self.method.evaluated, images, device, evenly(len(images)).tolist())
             draw_embedding(joined(drawn), source.classes, out / "embedding.png", title)
             written.append("embedding.png")
         for name in ("knn_top1", "knn_top1_few", "linear_top1"):
@@ -272,6 +274,8 @@ def _method(name: str, settings: Settings, source: Source, optimization: Optimiz
     trainer = METHODS[name].trainer
     make: Callable[..., Method] = trainer
     own = trainer.own_options(settings)
+    of_data = {"samples": len(source.train), "classes": len(source.classes)}
+    own |= {argument: of_data[argument] for argument in trainer.data_arguments}
     method = make(encoder, features, source.augment, dim=settings.dim, optimization=optimization, **own)
     method.encode_chunk = settings.encode_chunk
     return method

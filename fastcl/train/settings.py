@@ -73,12 +73,20 @@ class Settings:
         NonNegativeInt, "Views besides the usual two, of a small part of the image (not for digits)."
     ] = 0
     small_crop_size: Annotated[PositiveInt | None, "Side of those; null: 3/7 of the image's."] = None
+    small_crop_max: Annotated[
+        ClosedUnitInterval, "Largest share of an image in those; the smallest is 0.05."
+    ] = 0.14
     neighbours: Annotated[PositiveInt, "Neighbours that vote in the nearest-neighbour evaluation."]
     evaluate_every: Annotated[NonNegativeInt, "Epochs between evaluations; 0: none, not even at the end."]
     limit: Annotated[
         PositiveInt | None,
         "At most this many training images and as many test images, evenly of all classes.",
     ] = None
+    imbalance: Annotated[
+        PositiveInt,
+        "Training images of the first class for each one of the last: classes are cut to a long tail, "
+        "exponentially; 1: not cut.",
+    ] = 1
     workers: Annotated[NonNegativeInt, "Worker processes that read images over 64 pixels, per process."] = 8
     max_unreadable: Annotated[NonNegativeInt, "Unreadable image files to skip before giving up."] = 10
     download_dir: Annotated[Path, "Folder for downloads of 'cifar10' and 'fashion-mnist'."] = Path("data")

@@ -22,6 +22,17 @@ def test_a_command_has_options_that_its_method_takes(method: str, tmp_path: Path
     assert (settings.epochs, settings.seed, settings.out) == (8, 3, tmp_path)
 
 
+def test_the_long_tails_table_has_the_thirds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "LONG_TAIL_RESULTS", tmp_path)
+    head = "epoch,knn_top1,linear_many,linear_medium,linear_few"
+    (tmp_path / "kcl-2.csv").write_text(f"{head}\n0,0.25,0.1,0.1,0.1\n8,0.5,0.75,0.625,0.375\n")
+    accuracy.report_long_tail()
+    assert "| kcl-2 | 0.750 | 0.625 | 0.375 | 0.500 |" in (tmp_path / "README.md").read_text().splitlines()
+    for method in accuracy.LONG_TAIL_METHODS:
+        _, _, name, *options = accuracy.command(method, 0, Path("digits"), tmp_path, accuracy.LONG_TAIL)
+        assert (parse(name, options)["imbalance"], parse(name, options)["limit"]) == ("100", "50000")
+
+
 def test_the_table_has_what_training_gained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accuracy, "RESULTS", tmp_path)
     (tmp_path / "byol-0.csv").write_text("epoch,knn_top1\n0,0.25\n1,\n2,0.375\n")

@@ -132,7 +132,7 @@ class TestCommandLine:
         lines = capsys.readouterr().out.splitlines()
         for name in METHODS:
             (line,) = (line for line in lines if line.split()[:1] == [name])
-            assert re.search(r"\(.+ \d{4}, arXiv \d{4}\.\d{5}\)$", line), line
+            assert re.search(r"\(.+ \d{4}, (arXiv \d{4}\.\d{5}|ICLR)\)$", line), line
 
     def test_info_says_what_is_available_and_needs_none_of_the_optional_packages(self) -> None:
         done = run_python(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_data import make_tree
 
 from fastcl.cli import main
 
@@ -30,6 +31,12 @@ OPTIONS = ("--data=digits", "--width=4", "--batch-size=256", "--limit=512")
 TWO = ("--devices=2", "--accelerator=cpu")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SMALL = {"data": "digits", "width": 4, "batch_size": 256, "limit": 512}
+OWN = {
+    "moco-v3": {"hidden": 16, "arch": "vit_tiny", "temperature_end": 0.1},
+    "dino": {"hidden": 16, "prototypes": 24, "target_temperature_end": 0.07},
+    "pcl": {"clusters": "16,8", "cluster_from_epoch": 1, "temperature_end": 0.1},
+    "cmc": {"noise": 8, "batch_size": 8, "arch": "resnet8", "warmup_epochs": 0},
+}
 
 
 def start(out: Path, method: str, *options: str) -> subprocess.Popen[str]:
@@ -82,13 +89,13 @@ class TestResume:
         for (name, resumed), (_, expected) in zip(*(state.items() for state in states), strict=True):
             assert resumed.equal(expected), name
 
-    @pytest.mark.parametrize("method", ["byol", "simsiam", "vicreg", "moco-v3"])
+    @pytest.mark.parametrize("method", ["byol", "simsiam", "vicreg", "moco-v3", "dino", "pcl", "cmc"])
     def test_methods_of_each_kind_go_on_from_a_checkpoint_as_if_not_stopped(
         self, method: str, tmp_path: Path
     ) -> None:
-        options = {**SMALL, "epochs": 3, "hidden": 16, "dim": 16}
-        if method == "moco-v3":
-            options |= {"arch": "vit_tiny", "temperature_end": 0.1}
+        options = {**SMALL, "epochs": 3, "dim": 16, **OWN.get(method, {"hidden": 16})}
+        if method == "cmc":
+            options["data"] = str(make_tree(tmp_path / "tree", 16))
         prepare(method, out=tmp_path / "whole", **options).fit()
         stopped = prepare(method, out=tmp_path / "stopped", **options)
 

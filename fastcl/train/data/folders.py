@@ -19,7 +19,7 @@ from tqdm import tqdm
 from fastcl.train.data.downloads import DOWNLOADS
 from fastcl.train.data.images import FileImages, MemoryImages, Problem, Unreadable, read_image
 from fastcl.train.data.photos import normalize, photo_augmentation
-from fastcl.train.data.sources import Source, crops, first_per_class, in_memory
+from fastcl.train.data.sources import Source, crops, first_per_class, in_memory, long_tailed
 from fastcl.train.encoders import SMALL_IMAGE
 from fastcl.train.settings import Settings
 
@@ -32,16 +32,16 @@ class Tree:
     labels: Tensor
     classes: tuple[str, ...]
 
-    def limited(self, limit: int | None) -> Tree:
-        """The first of each class in turn, ``limit`` in all."""
-        chosen = first_per_class(self.labels, limit)
+    def at(self, chosen: Tensor) -> Tree:
+        """The files at these places."""
         return Tree([self.paths[index] for index in chosen], self.labels[chosen], self.classes)
 
 
 def image_folder(settings: Settings, folder: Path) -> Source:
     """The images of a tree; small ones are read into memory."""
     train, test = _parts(folder)
-    train, test = train.limited(settings.limit), None if test is None else test.limited(settings.limit)
+    train = train.at(long_tailed(train.labels, settings.limit, settings.imbalance))
+    test = None if test is None else test.at(first_per_class(test.labels, settings.limit))
     size = settings.image_size or _first_size(train)
     unreadable = Unreadable(settings.max_unreadable)
     if size <= SMALL_IMAGE:

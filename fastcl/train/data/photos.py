@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import kornia.augmentation as K
 import torch
+from kornia.color import rgb_to_lab
 from torch import Tensor, nn
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's weights expect
@@ -15,6 +16,19 @@ def normalize(images: Tensor) -> Tensor:
     """Images (N, 3, H, W), uint8 or float in [0, 1], as torchvision's networks take them."""
     mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in (_MEAN, _STD))
     return (_as_float(images) - mean) / std
+
+
+def lightness_and_colour(images: Tensor) -> tuple[Tensor, Tensor]:
+    """The L and the ab channels of CIE Lab of normalized images (N, 3, H, W), about -1 to 1.
+
+    Both (N, 3, H, W); the channels of the other half are 0, which a network without them could not tell.
+    """
+    mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in (_MEAN, _STD))
+    with torch.autocast(images.device.type, enabled=False):
+        lab = rgb_to_lab((images.float() * std + mean).clamp(0, 1)) / 100
+    lightness, colours = 2 * lab[:, :1] - 1, lab[:, 1:]
+    zero = torch.zeros_like(lightness)
+    return torch.cat([lightness, zero, zero], dim=1), torch.cat([zero, colours], dim=1)
 
 
 def _as_float(images: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from fastcl.train.data.images import Images, MemoryImages, Unreadable
 from fastcl.train.data.photos import normalize, photo_augmentation
 from fastcl.train.settings import Settings
 
-_SMALL_CROP = (0.05, 0.14)
+_SMALL_CROP_MIN = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,8 @@ def in_memory(
     settings: Settings, train: MemoryImages, test: MemoryImages | None, classes: Sequence[str]
 ) -> Source:
     """The source of images that are read already, within ``settings.limit``."""
-    train, kept = _within(train, settings.limit), None if test is None else _within(test, settings.limit)
+    train = _chosen(train, long_tailed(train.labels, settings.limit, settings.imbalance))
+    kept = None if test is None else _chosen(test, first_per_class(test.labels, settings.limit))
     channels, size = train.images.shape[1], settings.image_size or train.images.shape[-1]
     augment = [
         photo_augmentation(side, crop=crop, jitter=settings.jitter, blur=settings.blur)
@@ -56,17 +57,25 @@ def in_memory(
     return Source(train, train, kept, tuple(classes), augment, normalize, channels, size, unreadable)
 
 
+def has_colours(source: Source) -> bool:
+    """Whether the images are not all grey, as far as those in memory tell."""
+    if not isinstance(source.train, MemoryImages):
+        return source.channels == 3
+    images = source.train.images
+    return bool((images[:, :1] != images[:, 1:]).any())
+
+
 def crops(settings: Settings, size: int) -> list[tuple[int, tuple[float, float]]]:
     """Per view, its side and the shares of the image that it may show: two views, then the small crops.
 
     Caron et al. 2020, https://arxiv.org/abs/2006.09882, for the small ones.
     """
     small = settings.small_crop_size or max(1, round(size * 3 / 7))
-    return [(size, (settings.crop_min, 1.0))] * 2 + [(small, _SMALL_CROP)] * settings.small_crops
+    shares = (_SMALL_CROP_MIN, settings.small_crop_max)
+    return [(size, (settings.crop_min, 1.0))] * 2 + [(small, shares)] * settings.small_crops
 
 
-def _within(images: MemoryImages, limit: int | None) -> MemoryImages:
-    chosen = first_per_class(images.labels, limit)
+def _chosen(images: MemoryImages, chosen: Tensor) -> MemoryImages:
     return MemoryImages(images.images[chosen], images.labels[chosen])
 
 
@@ -74,8 +83,36 @@ def first_per_class(labels: Tensor, limit: int | None) -> Tensor:
     """The indices of ``limit`` images, the first of each class in turn; of all without a limit."""
     if limit is None or limit >= len(labels):
         return torch.arange(len(labels))
-    earlier = torch.empty_like(labels)  # how many of the same class come before
+    return _earlier(labels).argsort(stable=True)[:limit].sort().values
+
+
+def long_tailed(labels: Tensor, limit: int | None, imbalance: int) -> Tensor:
+    """The indices that :func:`first_per_class` chooses, then cut to a long tail.
+
+    Of class c of C the first ``n * imbalance ** (-c / (C - 1))`` are kept, n being those of the first class.
+
+    Raises:
+        ValueError: fewer than two classes, or an imbalance that leaves none of the last.
+    """
+    chosen = first_per_class(labels, limit)
+    if imbalance == 1:
+        return chosen
+    labels = labels[chosen]
+    counts = labels.clamp_min(0).bincount()
+    shares = float(imbalance) ** -torch.linspace(0, 1, len(counts), dtype=torch.float64)
+    kept = (counts[0] * shares + 1e-9).floor()
+    if labels.min() < 0 or len(counts) < 2 or kept[-1] < 1:
+        raise ValueError(
+            f"imbalance must leave an image of each of several classes, got {imbalance} for {len(counts)} "
+            f"class(es), the first of {int(counts[0])} images"
+        )
+    return chosen[_earlier(labels) < kept[labels]]
+
+
+def _earlier(labels: Tensor) -> Tensor:
+    """For each label how many of the same come before."""
+    earlier = torch.empty_like(labels)
     for label in labels.unique():
         members = labels == label
         earlier[members] = torch.arange(int(members.sum()))
-    return earlier.argsort(stable=True)[:limit].sort().values
+    return earlier

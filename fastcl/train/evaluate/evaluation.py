@@ -13,11 +13,10 @@ from fastcl.train.data.images import Images
 from fastcl.train.data.loader import Loader
 from fastcl.train.data.sources import Source
 from fastcl.train.evaluate.features import Features, gathered, joined, stream
-from fastcl.train.evaluate.linear import evaluate_linear
+from fastcl.train.evaluate.linear import evaluate_linear, evaluate_long_tail
 from fastcl.train.evaluate.neighbours import evaluate_neighbours
 
 _BATCH = 512
-LINEAR = ("linear_top1", "linear_top1_10percent", "linear_top1_1percent")
 
 
 class Evaluation:
@@ -29,11 +28,13 @@ class Evaluation:
     Args:
         source: the images; ``bank`` holds the neighbours of ``test``.
         neighbours: how many vote.
+        long_tail: whether classes with many and with few training images are told apart.
     """
 
-    def __init__(self, source: Source, neighbours: int) -> None:
+    def __init__(self, source: Source, neighbours: int, *, long_tail: bool = False) -> None:
         self.source = source
         self.neighbours = neighbours
+        self.long_tail = long_tail
 
     def measure(self, encoder: nn.Module, device: torch.device, *, linear: bool) -> dict[str, float]:
         """The accuracies by name; with ``linear`` those of linear classifiers, too."""
@@ -45,7 +46,11 @@ class Evaluation:
         found = evaluate_neighbours(
             _keeping(bank, kept) if linear else bank, labels, queries, self.neighbours
         )
-        return {**found, **(evaluate_linear(joined(kept), queries) if linear else {})}
+        if linear:
+            found |= evaluate_linear(joined(kept), queries)
+        if linear and self.long_tail:
+            found |= evaluate_long_tail(joined(kept), queries, labels.bincount())
+        return found
 
     def features(
         self, encoder: nn.Module, images: Images, device: torch.device, only: Sequence[int] | None = None

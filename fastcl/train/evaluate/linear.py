@@ -8,12 +8,20 @@ from torch import Tensor, nn
 from fastcl.train.evaluate.features import Features, gather, stratified, summed, take
 
 _SHARES = {"linear_top1": 1.0, "linear_top1_10percent": 0.1, "linear_top1_1percent": 0.01}
+LINEAR = tuple(_SHARES)
+LONG_TAIL = ("linear_many", "linear_medium", "linear_few")
 
 
-def linear_top1(
-    train: Features, test: Features, *, share: float = 1.0, weight_decay: float = 1e-3, steps: int = 100
-) -> float:
-    """Share of test features that a linear classifier gets right which was fitted to the train features.
+def linear_correct(
+    train: Features,
+    test: Features,
+    *,
+    share: float = 1.0,
+    balanced: bool = False,
+    weight_decay: float = 1e-3,
+    steps: int = 100,
+) -> Tensor:
+    """Which test features (N,) a linear classifier gets right that was fitted to the train features.
 
     Multinomial logistic regression on standardized features by L-BFGS. Ranks add up the loss and its
     gradient in each of its steps.
@@ -22,6 +30,7 @@ def linear_top1(
         train: what it is fitted to, this rank's share.
         test: what it is measured on, all of it on every rank.
         share: of the training labels that is used, the same of every class, at least one each.
+        balanced: classes weigh alike, however many labels they have.
         weight_decay: half of this times the squared weights is added to the mean loss.
         steps: of L-BFGS, at most.
     """
@@ -30,13 +39,15 @@ def linear_top1(
     x, queries = (train.values - mean) / std, (test.values - mean) / std
     labels = gather(train.labels)
     classes = int(torch.maximum(labels.max(), test.labels.max())) + 1
+    weights = count / (classes * labels.bincount(minlength=classes).clamp_min(1)) if balanced else None
     weight = x.new_zeros(classes, x.shape[1], requires_grad=True)
     bias = x.new_zeros(classes, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(x @ weight.T + bias, train.labels, reduction="sum") / count
+        logits = x @ weight.T + bias
+        loss = nn.functional.cross_entropy(logits, train.labels, weights, reduction="sum") / count
         loss.backward()
         assert weight.grad is not None
         assert bias.grad is not None
@@ -48,12 +59,38 @@ def linear_top1(
     with torch.enable_grad():
         optimizer.step(closure)
     predicted = (queries @ weight.detach().T + bias.detach()).argmax(dim=1)
-    return (predicted == test.labels).double().mean().item()
+    return predicted == test.labels
+
+
+def linear_top1(train: Features, test: Features, *, share: float = 1.0) -> float:
+    """The accuracy of :func:`linear_correct`'s classifier."""
+    return _mean(linear_correct(train, test, share=share))
 
 
 def evaluate_linear(bank: Features, queries: Features) -> dict[str, float]:
     """The accuracies of linear classifiers from all, a tenth and a hundredth of the labels, by name."""
     return {name: linear_top1(bank, queries, share=share) for name, share in _SHARES.items()}
+
+
+def evaluate_long_tail(bank: Features, queries: Features, counts: Tensor) -> dict[str, float]:
+    """The accuracies on the thirds of the classes with the most and the fewest training images, by name.
+
+    They are a balanced linear classifier's; a class more or less falls to the middle third.
+
+    Args:
+        bank: what it is fitted to, this rank's share.
+        queries: what it is measured on, all of it on every rank.
+        counts: (classes,) training images of each.
+    """
+    correct = linear_correct(bank, queries, balanced=True)
+    order, third = counts.argsort(descending=True, stable=True), max(1, len(counts) // 3)
+    groups = (order[:third], order[third:-third], order[-third:])
+    of_groups = [torch.isin(queries.labels, group.to(queries.labels.device)) for group in groups]
+    return {name: _mean(correct[of]) for name, of in zip(LONG_TAIL, of_groups, strict=True)}
+
+
+def _mean(correct: Tensor) -> float:
+    return correct.double().mean().item()
 
 
 def _drawn(own: Features, share: float) -> tuple[Features, int]:

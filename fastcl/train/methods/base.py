@@ -58,11 +58,18 @@ class Method(LightningModule):
     Attributes:
         synchronizes_batch_norm: whether batch normalization is over all processes, where that can be done.
         needs_labels: whether batches must have labels.
+        needs_indices: whether batches must have indices.
+        needs_colours: whether images must have colours.
+        data_arguments: what of the data the constructor is told: 'samples', how many there are for training,
+            'classes', how many labels.
         views_share_batch_norm: whether views of one size are encoded, and normalized, as one batch.
     """
 
     synchronizes_batch_norm = True
     needs_labels = False
+    needs_indices = False
+    needs_colours = False
+    data_arguments: tuple[str, ...] = ()
     views_share_batch_norm = True
     learning_rate: float
 
@@ -115,6 +122,16 @@ class Method(LightningModule):
         self._encode_chunk = size
         self.automatic_optimization = size is None
 
+    @property
+    def evaluated(self) -> nn.Module:
+        """What is evaluated: samples to features (N, F)."""
+        return self.encoder
+
+    @property
+    def observed(self) -> nn.Module:
+        """What gives the features for :meth:`begin_epoch`: samples to rows (N, D)."""
+        return self.encoder
+
     def embed(self, views: Sequence[Any]) -> Rows:
         """What the loss is of: (N, D) rows of samples, with their gradient."""
         raise NotImplementedError
@@ -127,7 +144,7 @@ class Method(LightningModule):
         """The loss of a batch, ()."""
         raise NotImplementedError
 
-    def after_loss(self, targets: Rows) -> None:
+    def after_loss(self, embedded: Rows, targets: Rows, batch: Batch) -> None:
         """What follows a step's loss, such as storing its keys."""
 
     def pairs(self, embedded: Rows, targets: Rows) -> Mapping[str, Tensor]:
@@ -170,6 +187,10 @@ class Method(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self.needs_labels and batch.labels is None:
             raise ValueError(f"{type(self).__name__} needs batches (samples, labels), got no labels")
+        if self.needs_indices and batch.indices is None:
+            raise ValueError(
+                f"{type(self).__name__} needs batches (samples, labels, indices), got no indices"
+            )
         targets = self.targets(batch.views)
         if self.encode_chunk is None:
             embedded = self.embed(batch.views)
@@ -178,7 +199,7 @@ class Method(LightningModule):
         else:
             loss, embedded = self._step_in_chunks(self.encode_chunk, targets, batch)
         self.record(loss, lambda: self.pairs(embedded, targets))
-        self.after_loss(targets)
+        self.after_loss(embedded, targets, batch)
         return loss
 
     def _step_in_chunks(self, size: int, targets: Rows, batch: Batch) -> tuple[Tensor, Rows]:

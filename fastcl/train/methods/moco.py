@@ -133,7 +133,7 @@ class MoCo(Method):
     def pairs(self, embedded: Rows, targets: Rows) -> dict[str, Tensor]:
         return measure_pairs(embedded[0], targets[0], self.queue.keys)
 
-    def after_loss(self, targets: Rows) -> None:
+    def after_loss(self, embedded: Rows, targets: Rows, batch: Batch) -> None:
         self.queue.enqueue(targets[0], group=self.group)
 
     def load_moco(self, state: Mapping[str, Tensor]) -> None:

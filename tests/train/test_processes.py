@@ -1,0 +1,24 @@
+"""What the methods keep, and what they compare with, is that of all processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastcl.train")
+
+from test_clusters import clusters_are_the_same_on_every_rank
+from test_distributed import on_every_rank
+from test_memories import a_memory_is_the_same_on_every_rank
+from test_prototypical import dino_has_one_centre, swav_is_balanced_over_all_ranks
+
+
+def test_balance_centre_clusters_and_memory_are_of_all_processes(tmp_path: Path) -> None:
+    checks = (
+        swav_is_balanced_over_all_ranks,
+        dino_has_one_centre,
+        clusters_are_the_same_on_every_rank,
+        a_memory_is_the_same_on_every_rank,
+    )
+    on_every_rank(checks, 2, tmp_path)

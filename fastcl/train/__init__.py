@@ -11,11 +11,14 @@ try:
     from fastcl.train.methods.barlow_twins import BarlowTwins
     from fastcl.train.methods.base import Batch, Method
     from fastcl.train.methods.byol import BYOL
+    from fastcl.train.methods.clip import CLIP
     from fastcl.train.methods.mochi import MoCHi
     from fastcl.train.methods.moco import MoCo
     from fastcl.train.methods.moco_v3 import MoCoV3
     from fastcl.train.methods.siamese import Siamese
+    from fastcl.train.methods.siglip import SigLIP
     from fastcl.train.methods.simclr import SimCLR
+    from fastcl.train.methods.simcse import SimCSE
     from fastcl.train.methods.simsiam import SimSiam
     from fastcl.train.methods.supcon import SupCon
     from fastcl.train.methods.vicreg import VICReg
@@ -28,6 +31,7 @@ except ModuleNotFoundError as error:
 
 __all__ = [
     "BYOL",
+    "CLIP",
     "BarlowTwins",
     "Batch",
     "Cosine",
@@ -39,7 +43,9 @@ __all__ = [
     "Run",
     "RunStoppedError",
     "Siamese",
+    "SigLIP",
     "SimCLR",
+    "SimCSE",
     "SimSiam",
     "SupCon",
     "VICReg",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,15 +13,17 @@ from tqdm import tqdm
 from fastcl.train.data.images import Images
 from fastcl.train.data.loader import Loader
 from fastcl.train.data.sources import Source
+from fastcl.train.evaluate.base import Evaluation
 from fastcl.train.evaluate.features import Features, gathered, joined, stream
 from fastcl.train.evaluate.linear import evaluate_linear
 from fastcl.train.evaluate.neighbours import evaluate_neighbours
+from fastcl.train.evaluate.pictures import draw_embedding, evenly
+from fastcl.train.settings import Settings
 
 _BATCH = 512
-LINEAR = ("linear_top1", "linear_top1_10percent", "linear_top1_1percent")
 
 
-class Evaluation:
+class ImageEvaluation(Evaluation):
     """Measures encoders on the images of a source.
 
     Every rank encodes its share, so that none waits for another longer than a batch takes. Training
@@ -28,24 +31,51 @@ class Evaluation:
 
     Args:
         source: the images; ``bank`` holds the neighbours of ``test``.
-        neighbours: how many vote.
+        settings: of the run.
+
+    Raises:
+        ValueError: fewer test images than processes.
     """
 
-    def __init__(self, source: Source, neighbours: int) -> None:
-        self.source = source
-        self.neighbours = neighbours
+    measures = ("knn_top1", "knn_top1_few")
+    rare = ("linear_top1", "linear_top1_10percent", "linear_top1_1percent")
+    lines = {  # noqa: RUF012
+        "knn_top1": "neighbours, all labels",
+        "knn_top1_few": "neighbours, one label per class",
+        "linear_top1": "linear classifier",
+    }
 
-    def measure(self, encoder: nn.Module, device: torch.device, *, linear: bool) -> dict[str, float]:
-        """The accuracies by name; with ``linear`` those of linear classifiers, too."""
+    def __init__(self, source: Source, settings: Settings) -> None:
+        if source.test is not None and len(source.test) < settings.processes:
+            raise ValueError(
+                f"data must have a test image per process, got {len(source.test)} for {settings.processes}"
+            )
+        self.source = source
+        self.neighbours = settings.neighbours
+        self.possible = source.test is not None
+
+    def measure(self, network: nn.Module, device: torch.device, *, thorough: bool) -> dict[str, float]:
+        """The accuracies by name; with ``thorough`` those of linear classifiers, too."""
         assert self.source.test is not None
-        queries = gathered(joined(self.features(encoder, self.source.test, device)))
-        bank = self.features(encoder, self.source.bank, device)
+        queries = gathered(joined(self.features(network, self.source.test, device)))
+        bank = self.training_features(network, device)
         kept: list[Features] = []
         labels = self.source.bank.labels
         found = evaluate_neighbours(
-            _keeping(bank, kept) if linear else bank, labels, queries, self.neighbours
+            _keeping(bank, kept) if thorough else bank, labels, queries, self.neighbours
         )
-        return {**found, **(evaluate_linear(joined(kept), queries) if linear else {})}
+        return {**found, **(evaluate_linear(joined(kept), queries) if thorough else {})}
+
+    def draw(self, network: nn.Module, device: torch.device, folder: Path, title: str) -> list[str]:
+        """The test images' features in two dimensions."""
+        images = self.source.test or self.source.bank
+        drawn = self.features(network, images, device, evenly(len(images)).tolist())
+        draw_embedding(joined(drawn), self.source.classes, folder / "embedding.png", title)
+        return ["embedding.png"]
+
+    def training_features(self, network: nn.Module, device: torch.device) -> Iterator[Features]:
+        """Features of the training images, this rank's share, a batch at a time."""
+        return self.features(network, self.source.bank, device)
 
     def features(
         self, encoder: nn.Module, images: Images, device: torch.device, only: Sequence[int] | None = None

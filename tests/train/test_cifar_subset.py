@@ -13,7 +13,7 @@ from fastcl.train.methods import METHODS
 from fastcl.train.options import parse
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", accuracy.IMAGES)
 def test_a_command_has_options_that_its_method_takes(method: str, tmp_path: Path) -> None:
     fastcl, train, name, *options = accuracy.command(method, 3, Path("digits"), tmp_path)
     assert (fastcl, train, name) == ("fastcl", "train", method)

@@ -36,12 +36,14 @@ class Glyphs(NamedTuple):
 
     Attributes:
         images: (N, 1, 32, 32) uint8.
+        rasters: (N,) int64, the same for images that are the same, pixel by pixel.
         codes: (N,) int64, the characters' code points.
-        classes: (N,) int64; characters that look the same in some font, pixel by pixel, are of one class.
+        classes: (N,) int64; characters that have the same raster in some font are of one class.
         held_out: (N,) bool, of a font that is not trained on.
     """
 
     images: Tensor
+    rasters: Tensor
     codes: Tensor
     classes: Tensor
     held_out: Tensor
@@ -106,9 +108,10 @@ def read_glyphs() -> Glyphs:
                     images.append(image)
                     codes.append(code)
                     held_out.append(path.name.startswith(_HELD_OUT))
-    rasters, points = np.stack(images), np.array(codes)
-    found = (rasters[:, None], points, _alike(rasters, points), np.array(held_out))
-    return Glyphs(*map(torch.from_numpy, found))
+    ids: dict[bytes, int] = {}
+    rasters = [ids.setdefault(image.tobytes(), len(ids)) for image in images]
+    drawn = torch.from_numpy(np.stack(images)[:, None])
+    return Glyphs(drawn, *map(torch.tensor, (rasters, codes, _alike(rasters, codes), held_out)))
 
 
 def split(glyphs: Glyphs) -> tuple[Glyphs, dict[str, Glyphs]]:
@@ -120,15 +123,14 @@ def split(glyphs: Glyphs) -> tuple[Glyphs, dict[str, Glyphs]]:
     unseen = _drawn_classes(glyphs.classes[~glyphs.held_out], generator)
     of_unseen = torch.isin(glyphs.classes, unseen)
     train = glyphs.at(~glyphs.held_out & ~of_unseen)
-    known = {image.tobytes() for image in train.images.numpy()}
-    new = torch.tensor([image.tobytes() not in known for image in glyphs.images.numpy()])
+    new = ~torch.isin(glyphs.rasters, train.rasters)
     fonts = glyphs.at(glyphs.held_out & torch.isin(glyphs.classes, train.classes) & new)
     tests = {
         "fonts": fonts.at(torch.isin(fonts.classes, _drawn_classes(fonts.classes, generator))),
         "characters": glyphs.at(~glyphs.held_out & of_unseen),
     }
     for test in tests.values():
-        assert known.isdisjoint(image.tobytes() for image in test.images.numpy())
+        assert not torch.isin(test.rasters, train.rasters).any()
     return train, tests
 
 
@@ -151,15 +153,14 @@ def _drawn(character: str, font: ImageFont.FreeTypeFont) -> NDArray[Any]:
     return np.asarray(image)
 
 
-def _alike(rasters: NDArray[Any], codes: NDArray[Any]) -> NDArray[Any]:
+def _alike(rasters: Sequence[int], codes: Sequence[int]) -> list[int]:
     """The classes: characters that share a raster are of one, and so are those that share a character."""
-    _, raster = np.unique(rasters.reshape(len(rasters), -1), axis=0, return_inverse=True)
-    characters, character = np.unique(codes, return_inverse=True)
-    nodes = len(characters) + int(raster.max()) + 1
-    shared = coo_array((np.ones(len(codes)), (character, len(characters) + raster)), shape=(nodes, nodes))
-    _, component = connected_components(shared, directed=False)
-    classes: NDArray[Any] = component[character].astype(np.int64)
-    return classes
+    apart = max(codes) + 1
+    ends = (codes, [apart + raster for raster in rasters])
+    nodes = apart + max(rasters) + 1
+    shared = coo_array((np.ones(len(codes)), ends), shape=(nodes, nodes))
+    component = connected_components(shared, directed=False)[1]
+    return [int(component[code]) for code in codes]
 
 
 def _drawn_classes(classes: Tensor, generator: torch.Generator) -> Tensor:
@@ -169,5 +170,6 @@ def _drawn_classes(classes: Tensor, generator: torch.Generator) -> Tensor:
 
 def _task(glyphs: Glyphs) -> Task:
     classes, labels = glyphs.classes.unique(return_inverse=True)
-    names = [unicodedata.name(chr(int(glyphs.codes[labels == i].min()))) for i in range(len(classes))]
+    first = torch.full_like(classes, 2**31).scatter_reduce_(0, labels, glyphs.codes, "amin")
+    names = [unicodedata.name(chr(code)) for code in first.tolist()]
     return Task(glyphs.images, labels, names)

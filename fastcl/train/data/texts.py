@@ -6,8 +6,8 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -36,19 +36,19 @@ def tokenize(texts: Sequence[str]) -> Tensor:
         word, if only an empty one, and every word a piece.
     """
     split = [re.findall(r"\w+", text.lower())[:WORDS] or [""] for text in texts]
-    found = torch.zeros(len(split), max(map(len, split)), _PIECES_OF_A_WORD, dtype=torch.int32)
-    for row, words in enumerate(split):
-        for place, word in enumerate(words):
-            pieces = _pieces(word)
-            found[row, place, : len(pieces)] = pieces
-    return found
+    places = {word: i for i, word in enumerate(dict.fromkeys(chain([None], *split)))}
+    table = torch.zeros(len(places), _PIECES_OF_A_WORD, dtype=torch.int32)
+    for word, place in islice(places.items(), 1, None):
+        pieces = _pieces(str(word))
+        table[place, : len(pieces)] = torch.tensor(pieces, dtype=torch.int32)
+    longest = max(map(len, split))
+    return table[torch.tensor([[*map(places.get, words)] + [0] * (longest - len(words)) for words in split])]
 
 
-@cache
-def _pieces(word: str) -> Tensor:
+def _pieces(word: str) -> list[int]:
     marked = f"<{word}>"
     pieces = [marked, *(marked[i : i + 3] for i in range(len(marked) - 2))][:_PIECES_OF_A_WORD]
-    return torch.tensor([zlib.crc32(x.encode()) % (PIECES - 1) + 1 for x in pieces], dtype=torch.int32)
+    return [zlib.crc32(x.encode()) % (PIECES - 1) + 1 for x in pieces]
 
 
 @dataclass(frozen=True, eq=False)

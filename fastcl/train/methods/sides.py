@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from fastcl.train.evaluate.pairs import measure_pairs
 from fastcl.train.methods.base import Method, Rows
 
 
@@ -20,3 +21,6 @@ class TwoSided(Method):
 
     def embed(self, views: Sequence[Any]) -> Rows:
         return tuple(network(view) for network, view in zip(self.evaluated, views, strict=True))
+
+    def pairs(self, embedded: Rows, targets: Rows) -> dict[str, Tensor]:
+        return measure_pairs(embedded[0], embedded[1], across=True)

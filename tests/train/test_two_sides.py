@@ -120,19 +120,23 @@ class TestTexts:
 
 
 class TestEvaluation:
-    def test_recall_counts_the_right_key_only(self) -> None:
-        keys = torch.eye(20)
-        queries = torch.eye(20)
-        queries[0] = keys[1] + 0.5 * keys[0]  # second
-        queries[1] = keys[2:14].sum(0) + 0.5 * keys[1]  # thirteenth
-        assert recall(queries, keys) == {"recall_1": 18 / 20, "recall_10": 19 / 20}
+    def test_recall_counts_the_row_s_own_column_only(self) -> None:
+        similarity = torch.eye(20)
+        similarity[0, 1] = 2  # its own is the second
+        similarity[1, 2:14] = 2  # the thirteenth
+        similarity[2] = 0  # one of twenty that are equal
+        similarity[3, 4] = 1  # one of two
+        assert recall(similarity) == {"recall_1": 16 / 20, "recall_10": 18 / 20}
 
     def test_tfidf_finds_definitions_by_their_rare_words(self) -> None:
-        words = ["the feline", "the canine", *[f"w{i}" for i in range(10)]]
-        definitions = ["the canine thing", "the feline thing", *[f"the w{i}" for i in range(10)]]
-        source = DefinitionSource(None, [], [], words, [definitions[i] for i in (1, 0, *range(2, 12))])
-        assert tfidf(source) == {"recall_1": 1, "recall_10": 1}
-        assert tfidf(DefinitionSource(None, [], [], words, definitions))["recall_1"] == 10 / 12
+        words = ["the feline", "the canine", "unknown", *[f"w{i}" for i in range(27)]]
+        definitions = ["the feline thing", "the canine thing", *[f"the w{i}" for i in range(-1, 27)]]
+        assert tfidf(DefinitionSource(None, [], [], words, definitions)) == {
+            "recall_1": 29 / 30,
+            "recall_10": 29 / 30,
+        }
+        definitions[:2] = definitions[1::-1]
+        assert tfidf(DefinitionSource(None, [], [], words, definitions))["recall_1"] == 27 / 30
 
     def test_a_glyph_s_nearest_names_come_first(self) -> None:
         class Ink(nn.Module):

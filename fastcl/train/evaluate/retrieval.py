@@ -9,7 +9,6 @@ import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor, nn
 
-import fastcl
 from fastcl.train.data.texts import DefinitionSource, tokenize
 from fastcl.train.evaluate.base import Evaluation
 from fastcl.train.evaluate.features import rows_of
@@ -44,10 +43,10 @@ class Retrieval(Evaluation):
         """The recalls by name; with ``thorough`` those of TF-IDF, too."""
         sides = (self.source.words, self.source.definitions)
         words, definitions = (
-            rows_of(side, tokenize(texts), device)
+            nn.functional.normalize(rows_of(side, tokenize(texts), device), dim=1)
             for side, texts in zip(network.children(), sides, strict=True)
         )
-        found = recall(words, definitions)
+        found = recall(words @ definitions.T)
         return {
             **found,
             **({f"tfidf_{name}": x for name, x in tfidf(self.source).items()} if thorough else {}),
@@ -58,18 +57,18 @@ class Retrieval(Evaluation):
         return []
 
 
-def recall(queries: Tensor, keys: Tensor) -> Mapping[str, float]:
-    """The shares of rows whose key, that of the same place, is the nearest, and among the nearest ten."""
-    nearest = fastcl.similarity_topk(queries, keys, max(_CUTS), normalize=True)[1]
-    found = nearest == torch.arange(len(queries), device=nearest.device)[:, None]
-    return {f"recall_{cut}": found[:, :cut].any(dim=1).double().mean().item() for cut in _CUTS}
+def recall(similarity: Tensor) -> Mapping[str, float]:
+    """The shares of rows whose own column is the largest, and among the largest ten.
+
+    Of equal ones, its place is the middle one.
+    """
+    own = similarity.diagonal()[:, None]
+    before = (similarity > own).sum(dim=1) + ((similarity == own).sum(dim=1) - 1) / 2
+    return {f"recall_{cut}": (before <= cut - 1).double().mean().item() for cut in _CUTS}
 
 
 def tfidf(source: DefinitionSource) -> Mapping[str, float]:
-    """:func:`recall` of TF-IDF vectors over the words of all definitions."""
+    """:func:`recall` of TF-IDF vectors, over the words of all definitions."""
     vectorizer = TfidfVectorizer().fit([*source.known, *source.definitions])
-    words, definitions = (
-        torch.from_numpy(vectorizer.transform(texts).toarray()).float()
-        for texts in (source.words, source.definitions)
-    )
-    return recall(words, definitions)
+    words, definitions = map(vectorizer.transform, (source.words, source.definitions))
+    return recall(torch.from_numpy((words @ definitions.T).toarray()))

@@ -80,7 +80,7 @@ def examples(network: nn.Module, tasks: list[Task], device: torch.device) -> Fig
         found = nearest(network, chosen, _NEAREST, device).tolist()
         for row, (image, label, names) in enumerate(zip(chosen.images, chosen.labels, found, strict=True)):
             glyph, text = grid[row, 2 * column : 2 * column + 2]
-            glyph.imshow(255 - image[0], cmap="gray", vmin=0, vmax=255)
+            glyph.imshow(255 - image[0].numpy(), cmap="gray", vmin=0, vmax=255)
             for line, name in enumerate(names):
                 colour = "tab:green" if name == label else "black"
                 text.text(

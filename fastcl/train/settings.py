@@ -134,7 +134,7 @@ class TextSettings(RunSettings):
     """The options of methods with an encoder of texts."""
 
     width: Annotated[PositiveInt, "Width of the text transformer, a multiple of 4."] = 128
-    layers: Annotated[PositiveInt, "Layers of the text transformer."] = 2
+    layers: Annotated[PositiveInt, "Layers of the text transformer."] = 1
     dropout: Annotated[ClosedUnitInterval, "Dropout of the text transformer."] = 0.1
     limit: Annotated[PositiveInt | None, "At most this many training samples."] = None
 

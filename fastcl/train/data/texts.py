@@ -17,7 +17,7 @@ from fastcl.train.data.pairs import MemoryPairs, PairSource
 from fastcl.train.settings import DefinitionSettings
 
 PIECES = 2**15  # how many ids there are; 0 is none
-WORDS = 24  # of a text, at most
+WORDS = 16  # of a text, at most
 _PIECES_OF_A_WORD = 16
 _HELD_OUT = 2000
 
@@ -32,7 +32,7 @@ def tokenize(texts: Sequence[str]) -> Tensor:
         texts: N of them; capitals are as small letters.
 
     Returns:
-        (N, L, P) int32, the hashed pieces of up to 24 words, 0 where there are no more; every text has a
+        (N, L, P) int32, the hashed pieces of up to 16 words, 0 where there are no more; every text has a
         word, if only an empty one, and every word a piece.
     """
     split = [re.findall(r"\w+", text.lower())[:WORDS] or [""] for text in texts]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -15,6 +15,10 @@ from fastcl.train.evaluate.features import rows_of
 from fastcl.train.settings import DefinitionSettings
 
 _CUTS = (1, 10)
+_TFIDF: dict[str, dict[str, Any]] = {
+    "tfidf": {},
+    "tfidf_trigrams": {"analyzer": "char_wb", "ngram_range": (3, 3)},
+}
 
 
 class Retrieval(Evaluation):
@@ -28,12 +32,12 @@ class Retrieval(Evaluation):
     """
 
     measures = ("recall_1", "recall_10")
-    rare = ("tfidf_recall_1", "tfidf_recall_10")
+    rare = ("tfidf_recall_1", "tfidf_recall_10", "tfidf_trigrams_recall_1", "tfidf_trigrams_recall_10")
     lines = {  # noqa: RUF012
         "recall_1": "nearest definition",
         "recall_10": "nearest ten definitions",
-        "tfidf_recall_1": "TF-IDF, nearest",
         "tfidf_recall_10": "TF-IDF, nearest ten",
+        "tfidf_trigrams_recall_10": "TF-IDF of trigrams,\nnearest ten",
     }
 
     def __init__(self, source: DefinitionSource, settings: DefinitionSettings) -> None:
@@ -47,17 +51,14 @@ class Retrieval(Evaluation):
             for side, texts in zip(network.children(), sides, strict=True)
         )
         found = recall(words @ definitions.T)
-        return {
-            **found,
-            **({f"tfidf_{name}": x for name, x in tfidf(self.source).items()} if thorough else {}),
-        }
+        return found | (tfidf(self.source) if thorough else {})
 
     def draw(self, network: nn.Module, device: torch.device, folder: Path, title: str) -> list[str]:
         """Nothing."""
         return []
 
 
-def recall(similarity: Tensor) -> Mapping[str, float]:
+def recall(similarity: Tensor) -> dict[str, float]:
     """The shares of rows whose own column is the largest, and among the largest ten.
 
     Of equal ones, its place is the middle one.
@@ -67,8 +68,12 @@ def recall(similarity: Tensor) -> Mapping[str, float]:
     return {f"recall_{cut}": (before <= cut - 1).double().mean().item() for cut in _CUTS}
 
 
-def tfidf(source: DefinitionSource) -> Mapping[str, float]:
-    """:func:`recall` of TF-IDF vectors, over the words of all definitions."""
-    vectorizer = TfidfVectorizer().fit([*source.known, *source.definitions])
-    words, definitions = map(vectorizer.transform, (source.words, source.definitions))
-    return recall(torch.from_numpy((words @ definitions.T).toarray()))
+def tfidf(source: DefinitionSource) -> dict[str, float]:
+    """:func:`recall` of TF-IDF vectors, of words and of words' trigrams, weighted by all definitions."""
+    found: dict[str, float] = {}
+    for name, options in _TFIDF.items():
+        vectorizer = TfidfVectorizer(**options).fit([*source.known, *source.definitions])
+        words, definitions = map(vectorizer.transform, (source.words, source.definitions))
+        similarity = torch.from_numpy((words @ definitions.T).toarray())
+        found |= {f"{name}_{measure}": value for measure, value in recall(similarity).items()}
+    return found

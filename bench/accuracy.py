@@ -12,12 +12,15 @@ import csv
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fastcl.train.methods import METHODS
 
+IMAGES = [name for name, method in METHODS.items() if "small" in method.recipe]
 RESULTS = Path(__file__).parent / "results" / "cifar10-subset"
 SHARED = (
     *("--limit=12000", "--image-size=16", "--arch=resnet8", "--epochs=8", "--batch-size=256"),
@@ -40,7 +43,7 @@ def main() -> None:
     """Train, copy the metrics, and write table and picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("methods", nargs="*", default=IMAGES, choices=IMAGES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     given = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -61,14 +64,19 @@ def command(method: str, seed: int, folder: Path, out: Path) -> list[str]:
 def train(method: str, seed: int, folder: Path) -> None:
     """One run; an interrupted one goes on."""
     out = Path("runs") / "cifar10-subset" / f"{method}-{seed}"
-    fastcl, *arguments = command(method, seed, folder, out)
+    run(command(method, seed, folder, out), out, RESULTS / f"{method}-{seed}.csv")
+
+
+def run(command: Sequence[str], out: Path, metrics: Path) -> None:
+    """A command that trains into ``out``, or goes on there; its metrics are copied."""
+    fastcl, *arguments = command
     subprocess.run([Path(sys.executable).with_name(fastcl), *arguments, "--resume"], check=True)
-    shutil.copy(out / "metrics.csv", RESULTS / f"{method}-{seed}.csv")
+    shutil.copy(out / "metrics.csv", metrics)
 
 
 def report() -> None:
     """The table and the picture of all runs in :data:`RESULTS`."""
-    runs = {path.stem: _rows(path) for path in sorted(RESULTS.glob("*.csv"))}
+    runs = read(RESULTS)
     text = ["| method, seed | knn_top1 untrained | trained | gain | bound |", "|---|--:|--:|--:|--:|"]
     for name, rows in runs.items():
         before, after = (float(rows[place]["knn_top1"]) for place in (0, -1))
@@ -78,24 +86,30 @@ def report() -> None:
     print(table)
     example = command("METHOD", 0, Path("FOLDER"), Path("OUT"))
     (RESULTS / "README.md").write_text(f"```sh\n{' '.join(example)}  # and METHOD's own\n```\n\n{table}")
-    _draw(runs)
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _draw(runs: dict[str, list[dict[str, str]]]) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    draw(figure.subplots(), runs, "knn_top1", "nearest-neighbour accuracy")
+    figure.suptitle("CIFAR-10 subset, resnet8")
+    figure.savefig(RESULTS / "curves.png", dpi=120)
+
+
+def read(folder: Path) -> dict[str, list[dict[str, str]]]:
+    """The rows of the runs whose metrics are in ``folder``, by name."""
+    runs = {}
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(newline="") as file:
+            runs[path.stem] = list(csv.DictReader(file))
+    return runs
+
+
+def draw(axes: Axes, runs: Mapping[str, list[dict[str, str]]], measure: str, label: str) -> None:
+    """A line per run over the epochs."""
     for name, rows in runs.items():
-        found = [(int(row["epoch"]), float(row["knn_top1"])) for row in rows if row["knn_top1"]]
-        axes.plot(*zip(*found, strict=True), ".-", label=name)
-    axes.set(title="CIFAR-10 subset, resnet8", xlabel="epoch", ylabel="nearest-neighbour accuracy")
+        found = [(int(row["epoch"]), float(row[measure])) for row in rows if row.get(measure)]
+        if found:
+            axes.plot(*zip(*found, strict=True), ".-", label=name)
+    axes.set(xlabel="epoch", ylabel=label)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.grid(alpha=0.3)
-    figure.savefig(RESULTS / "curves.png", dpi=120)
 
 
 if __name__ == "__main__":

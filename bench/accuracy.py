@@ -108,8 +108,9 @@ def draw(axes: Axes, runs: Mapping[str, list[dict[str, str]]], measure: str, lab
         if found:
             axes.plot(*zip(*found, strict=True), ".-", label=name)
     axes.set(xlabel="epoch", ylabel=label)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ _HEADS = 4
 class TextEncoder(nn.Module):
     """Texts as :func:`~fastcl.train.data.texts.tokenize` has them, (N, L, P), to features (N, width).
 
-    A word is the mean of its pieces' vectors, a text the mean of what the transformer makes of its words.
+    A word is the mean of its pieces' vectors. A text is the mean of what the transformer makes of its words,
+    each with a learned weight: some words say little.
 
     Args:
         width: of the features, a multiple of 4.
@@ -36,6 +37,7 @@ class TextEncoder(nn.Module):
         layer = nn.TransformerEncoderLayer(
             width, _HEADS, 2 * width, dropout, "gelu", batch_first=True, norm_first=True
         )
+        self.weight = nn.Linear(width, 1)
         self.transformer = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
     def forward(self, texts: Tensor) -> Tensor:
@@ -43,7 +45,8 @@ class TextEncoder(nn.Module):
         words = self.pieces(texts.flatten(0, 1)).unflatten(0, texts.shape[:2]) + self.places[: texts.shape[1]]
         none = texts[..., 0] == 0
         words = self.transformer(self.dropout(words), src_key_padding_mask=none)
-        features: Tensor = words.masked_fill(none[..., None], 0).sum(dim=1) / (~none).sum(dim=1, keepdim=True)
+        weights = self.weight(words).masked_fill(none[..., None], -torch.inf).softmax(dim=1)
+        features: Tensor = (weights * words).sum(dim=1)
         return features
 
 

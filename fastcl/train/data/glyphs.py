@@ -140,7 +140,7 @@ def distorted(images: Tensor, strength: float) -> Tensor:
     if strength == 0:
         return images
     warps = warped(
-        images, turn=10 * strength, shear=0.2 * strength, scale=0.15 * strength, shift=0.1 * strength
+        images, turn=10 * strength, shear=0.2 * strength, scale=0.25 * strength, shift=0.1 * strength
     )
     weight = torch.empty(len(images), 1, 1, 1, device=images.device).uniform_(-strength, strength)
     bolder, lighter = max_pool2d(warps, 3, 1, 1), -max_pool2d(-warps, 3, 1, 1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ class ImageEvaluation(Evaluation):
 
     measures = ("knn_top1", "knn_top1_few")
     rare = ("linear_top1", "linear_top1_10percent", "linear_top1_1percent")
-    lines = {  # noqa: RUF012
+    lines: ClassVar[Mapping[str, str]] = {
         "knn_top1": "neighbours, all labels",
         "knn_top1_few": "neighbours, one label per class",
         "linear_top1": "linear classifier",

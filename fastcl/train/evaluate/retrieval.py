@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -33,7 +34,7 @@ class Retrieval(Evaluation):
 
     measures = ("recall_1", "recall_10")
     rare = ("tfidf_recall_1", "tfidf_recall_10", "tfidf_trigrams_recall_1", "tfidf_trigrams_recall_10")
-    lines = {  # noqa: RUF012
+    lines: ClassVar[Mapping[str, str]] = {
         "recall_1": "nearest definition",
         "recall_10": "nearest ten definitions",
         "tfidf_recall_10": "TF-IDF, nearest ten",

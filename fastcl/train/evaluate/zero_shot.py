@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from matplotlib.figure import Figure
@@ -30,7 +32,7 @@ class ZeroShot(Evaluation):
     """
 
     measures = ("zero_shot_fonts", "zero_shot_characters")
-    lines = {  # noqa: RUF012
+    lines: ClassVar[Mapping[str, str]] = {
         "zero_shot_fonts": "fonts held out",
         "zero_shot_characters": "characters held out",
     }
@@ -50,7 +52,9 @@ class ZeroShot(Evaluation):
 
     def draw(self, network: nn.Module, device: torch.device, folder: Path, title: str) -> list[str]:
         """Some glyphs of each task with the names nearest to them."""
-        figure = examples(network, list(self.tasks.values()), device)
+        figure = examples(
+            network, {self.lines[f"zero_shot_{name}"]: x for name, x in self.tasks.items()}, device
+        )
         figure.suptitle(title, fontweight="bold")
         figure.savefig(folder / "zero_shot.png", dpi=120)
         return ["zero_shot.png"]
@@ -70,13 +74,14 @@ def nearest(network: nn.Module, task: Task, k: int, device: torch.device) -> Ten
     return fastcl.similarity_topk(queries, rows_of(names, tokenize(task.names), device), k, normalize=True)[1]
 
 
-def examples(network: nn.Module, tasks: list[Task], device: torch.device) -> Figure:
+def examples(network: nn.Module, tasks: Mapping[str, Task], device: torch.device) -> Figure:
     """A column of glyphs per task, each beside its nearest names: the right one in green."""
     figure = Figure(figsize=(6.5 * len(tasks), 1.1 * _SHOWN), layout="constrained")
     grid = figure.subplots(_SHOWN, 2 * len(tasks), width_ratios=[1, 5] * len(tasks))
-    for column, task in enumerate(tasks):
+    for column, (title, task) in enumerate(tasks.items()):
         shown = torch.linspace(0, len(task.labels) - 1, _SHOWN).long()
         chosen = Task(task.images[shown], task.labels[shown], task.names)
+        grid[0, 2 * column + 1].set_title(title, loc="left")
         found = nearest(network, chosen, _NEAREST, device).tolist()
         for row, (image, label, names) in enumerate(zip(chosen.images, chosen.labels, found, strict=True)):
             glyph, text = grid[row, 2 * column : 2 * column + 2]

@@ -15,7 +15,15 @@ from bench.accuracy import draw, read, run
 
 RESULTS = Path(__file__).parent / "results" / "pairs"
 RUNS = {
-    "clip-first": ("clip", "--distortion=0", "--layers=2", "--epochs=5", "--warmup-epochs=0"),
+    "clip-first": (
+        "clip",
+        "--distortion=0",
+        "--layers=2",
+        "--epochs=5",
+        "--batch-size=512",
+        "--lr=1e-3",
+        "--warmup-epochs=0",
+    ),
     "clip": ("clip",),
     "siglip": ("siglip",),
     "simcse": ("simcse",),

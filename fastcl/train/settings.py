@@ -177,11 +177,11 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     },
     "large": {"arch": "resnet50", "dim": 128, "neighbours": 200, "evaluate_every": 10},
     "glyphs": {
-        **{"dim": 128, "epochs": 20, "batch_size": 512, "warmup_epochs": 1, "evaluate_every": 2},
-        **{"optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-2},
+        **{"dim": 128, "epochs": 7, "batch_size": 256, "warmup_epochs": 1, "evaluate_every": 2},
+        **{"optimizer": "adamw", "lr": 2e-3, "weight_decay": 1e-2},
     },
     "definitions": {
-        **{"dim": 128, "epochs": 10, "batch_size": 512, "warmup_epochs": 1, "evaluate_every": 1},
-        **{"optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-2},
+        **{"dim": 128, "epochs": 8, "batch_size": 256, "warmup_epochs": 1, "evaluate_every": 1},
+        **{"optimizer": "adamw", "lr": 2e-3, "weight_decay": 1e-2},
     },
 }

@@ -7,6 +7,7 @@ bench/results/pairs, from which a table and a picture of all curves are made ane
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -41,6 +42,8 @@ def main() -> None:
     for name in parser.parse_args().runs:
         out = Path("runs") / "pairs" / name
         run(command(name, out), out, RESULTS / f"{name}.csv")
+        for examples in out.glob("zero_shot.png"):
+            shutil.copy(examples, RESULTS / f"{name}-examples.png")
     report()
 
 

@@ -147,7 +147,7 @@ class GlyphSettings(TextSettings):
 
     data: Annotated[str, "'glyphs': the characters of matplotlib's fonts and their Unicode names."] = "glyphs"
     channels: Annotated[PositiveInt, "Channels of the first convolution of the glyphs' encoder."] = 32
-    distortion: Annotated[ClosedUnitInterval, "Strength of the glyphs' random changes; 0: none."] = 1.0
+    distortion: Annotated[ClosedUnitInterval, "Strength of the glyphs' random changes; 0: none."] = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,16 +82,16 @@ class TestGlyphs:
 
 
 class TestTexts:
-    def test_a_word_is_itself_and_its_trigrams_whatever_is_around_it(self) -> None:
+    def test_a_word_is_itself_its_trigrams_and_its_letters_whatever_is_around_it(self) -> None:
         pieces = tokenize(["Cats, a CAT's", "cats"])
-        assert pieces.shape == (2, 4, 16)
+        assert pieces.shape == (2, 4, 24)
         assert pieces[0, 0].equal(pieces[1, 0])
-        assert (pieces[0, 0] > 0).sum() == 5  # <cats> <ca cat ats ts>
-        assert len(set(pieces[0, 0].tolist()) & set(pieces[0, 2].tolist()) - {0}) == 2  # <ca cat
+        assert (pieces[0, 0] > 0).sum() == 9  # <cats> <ca cat ats ts> c a t s
+        assert len(set(pieces[0, 0].tolist()) & set(pieces[0, 2].tolist()) - {0}) == 5  # <ca cat c a t
         assert not pieces[1, 1:].any()
 
     def test_what_is_too_long_is_cut_and_nothing_is_a_word(self) -> None:
-        assert tokenize([" ".join("abcdefghijklmnopqrstuvwxyz")]).shape == (1, 16, 16)
+        assert tokenize([" ".join("abcdefghijklmnopqrstuvwxyz")]).shape == (1, 16, 24)
         assert (tokenize(["?!"]) > 0).sum() == 1  # <>, too short for a trigram
 
     def test_padding_changes_no_feature(self) -> None:

@@ -18,12 +18,12 @@ from fastcl.train.settings import DefinitionSettings
 
 PIECES = 2**15  # how many ids there are; 0 is none
 WORDS = 16  # of a text, at most
-_PIECES_OF_A_WORD = 16
+_PIECES_OF_A_WORD = 24
 _HELD_OUT = 2000
 
 
 def tokenize(texts: Sequence[str]) -> Tensor:
-    """Texts as the pieces of their words: each word with its ends marked, then its trigrams.
+    """Texts as the pieces of their words: each word with its ends marked, its trigrams, its letters.
 
     A word that was never seen is then known by its pieces. Bojanowski et al. 2017,
     https://arxiv.org/abs/1607.04606.
@@ -47,8 +47,8 @@ def tokenize(texts: Sequence[str]) -> Tensor:
 
 def _pieces(word: str) -> list[int]:
     marked = f"<{word}>"
-    pieces = [marked, *(marked[i : i + 3] for i in range(len(marked) - 2))][:_PIECES_OF_A_WORD]
-    return [zlib.crc32(x.encode()) % (PIECES - 1) + 1 for x in pieces]
+    pieces = [marked, *(marked[i : i + 3] for i in range(len(marked) - 2)), *word]
+    return [zlib.crc32(x.encode()) % (PIECES - 1) + 1 for x in pieces[:_PIECES_OF_A_WORD]]
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,13 +12,15 @@ import csv
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fastcl.train.methods import METHODS
 
+IMAGES = [name for name, method in METHODS.items() if "small" in method.recipe]
 RESULTS = Path(__file__).parent / "results" / "cifar10-subset"
 LONG_TAIL_RESULTS = RESULTS.with_name("cifar10-long-tail")
 SHARED = (
@@ -52,13 +54,13 @@ def main() -> None:
     """Train, copy the metrics, and write table and picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--methods", nargs="+", choices=METHODS)
+    parser.add_argument("--methods", nargs="+", choices=IMAGES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--long-tail", action="store_true")
     given = parser.parse_args()
     options, results = (LONG_TAIL, LONG_TAIL_RESULTS) if given.long_tail else ((), RESULTS)
     results.mkdir(parents=True, exist_ok=True)
-    for method in given.methods or (LONG_TAIL_METHODS if given.long_tail else METHODS):
+    for method in given.methods or (LONG_TAIL_METHODS if given.long_tail else IMAGES):
         for seed in given.seeds:
             train(method, seed, given.folder, results, options)
     report_long_tail() if given.long_tail else report()
@@ -75,14 +77,19 @@ def command(method: str, seed: int, folder: Path, out: Path, options: Sequence[s
 def train(method: str, seed: int, folder: Path, results: Path, options: Sequence[str]) -> None:
     """One run; an interrupted one goes on."""
     out = Path("runs") / results.name / f"{method}-{seed}"
-    fastcl, *arguments = command(method, seed, folder, out, options)
+    run(command(method, seed, folder, out, options), out, results / f"{method}-{seed}.csv")
+
+
+def run(command: Sequence[str], out: Path, metrics: Path) -> None:
+    """A command that trains into ``out``, or goes on there; its metrics are copied."""
+    fastcl, *arguments = command
     subprocess.run([Path(sys.executable).with_name(fastcl), *arguments, "--resume"], check=True)
-    shutil.copy(out / "metrics.csv", results / f"{method}-{seed}.csv")
+    shutil.copy(out / "metrics.csv", metrics)
 
 
 def report() -> None:
     """The table and the picture of all runs in :data:`RESULTS`."""
-    runs = {path.stem: _rows(path) for path in sorted(RESULTS.glob("*.csv"))}
+    runs = read(RESULTS)
     text = ["| method, seed | knn_top1 untrained | trained | gain | bound |", "|---|--:|--:|--:|--:|"]
     for name, rows in runs.items():
         before, after = (float(rows[place]["knn_top1"]) for place in (0, -1))
@@ -92,7 +99,10 @@ def report() -> None:
     print(table)
     example = command("METHOD", 0, Path("FOLDER"), Path("OUT"))
     (RESULTS / "README.md").write_text(f"```sh\n{' '.join(example)}  # and METHOD's own\n```\n\n{table}")
-    _draw(runs)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    draw(figure.subplots(), runs, "knn_top1", "nearest-neighbour accuracy")
+    figure.suptitle("CIFAR-10 subset, resnet8")
+    figure.savefig(RESULTS / "curves.png", dpi=120)
 
 
 def report_long_tail() -> None:
@@ -101,30 +111,33 @@ def report_long_tail() -> None:
         f"| method, seed | {' | '.join(LONG_TAIL_COLUMNS)} |",
         "|---" * (1 + len(LONG_TAIL_COLUMNS)) + "|",
     ]
-    for path in sorted(LONG_TAIL_RESULTS.glob("*.csv")):
-        last = _rows(path)[-1]
-        text.append(f"| {path.stem} | {' | '.join(f'{float(last[x]):.3f}' for x in LONG_TAIL_COLUMNS)} |")
+    for name, rows in read(LONG_TAIL_RESULTS).items():
+        text.append(f"| {name} | {' | '.join(f'{float(rows[-1][x]):.3f}' for x in LONG_TAIL_COLUMNS)} |")
     table = "\n".join(text) + "\n"
     print(table)
     example = " ".join(command("METHOD", 0, Path("FOLDER"), Path("OUT"), LONG_TAIL))
     (LONG_TAIL_RESULTS / "README.md").write_text(f"```sh\n{example}  # and METHOD's own\n```\n\n{table}")
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def read(folder: Path) -> dict[str, list[dict[str, str]]]:
+    """The rows of the runs whose metrics are in ``folder``, by name."""
+    runs = {}
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(newline="") as file:
+            runs[path.stem] = list(csv.DictReader(file))
+    return runs
 
 
-def _draw(runs: dict[str, list[dict[str, str]]]) -> None:
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+def draw(axes: Axes, runs: Mapping[str, list[dict[str, str]]], measure: str, label: str) -> None:
+    """A line per run over the epochs."""
     for name, rows in runs.items():
-        found = [(int(row["epoch"]), float(row["knn_top1"])) for row in rows if row["knn_top1"]]
-        axes.plot(*zip(*found, strict=True), ".-", label=name)
-    axes.set(title="CIFAR-10 subset, resnet8", xlabel="epoch", ylabel="nearest-neighbour accuracy")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        found = [(int(row["epoch"]), float(row[measure])) for row in rows if row.get(measure)]
+        if found:
+            axes.plot(*zip(*found, strict=True), ".-", label=name)
+    axes.set(xlabel="epoch", ylabel=label)
     axes.grid(alpha=0.3)
-    figure.savefig(RESULTS / "curves.png", dpi=120)
+    if axes.lines:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
 if __name__ == "__main__":

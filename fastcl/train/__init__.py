@@ -11,6 +11,7 @@ try:
     from fastcl.train.methods.barlow_twins import BarlowTwins
     from fastcl.train.methods.base import Batch, Method
     from fastcl.train.methods.byol import BYOL
+    from fastcl.train.methods.clip import CLIP
     from fastcl.train.methods.cmc import CMC
     from fastcl.train.methods.cpc import CPC
     from fastcl.train.methods.deepcluster import DeepCluster
@@ -24,7 +25,9 @@ try:
     from fastcl.train.methods.pcl import PCL
     from fastcl.train.methods.pirl import PIRL
     from fastcl.train.methods.siamese import Siamese
+    from fastcl.train.methods.siglip import SigLIP
     from fastcl.train.methods.simclr import SimCLR
+    from fastcl.train.methods.simcse import SimCSE
     from fastcl.train.methods.simsiam import SimSiam
     from fastcl.train.methods.supcon import SupCon
     from fastcl.train.methods.swav import SwAV
@@ -39,6 +42,7 @@ except ModuleNotFoundError as error:
 
 __all__ = [
     "BYOL",
+    "CLIP",
     "CMC",
     "CPC",
     "DINO",
@@ -60,7 +64,9 @@ __all__ = [
     "Run",
     "RunStoppedError",
     "Siamese",
+    "SigLIP",
     "SimCLR",
+    "SimCSE",
     "SimSiam",
     "SupCon",
     "SwAV",

@@ -14,7 +14,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from fastcl.train import checkpoints
-from fastcl.train.settings import Settings
+from fastcl.train.settings import RunSettings
 
 _MAY_CHANGE = {
     "out", "resume", "overwrite", "init", "epochs", "workers", "max_unreadable", "download_dir",
@@ -40,7 +40,7 @@ class ResultsFolder:
             overwrite; a checkpoint of other settings.
     """
 
-    def __init__(self, method: str, settings: Settings) -> None:
+    def __init__(self, method: str, settings: RunSettings) -> None:
         self.method = method
         self.settings = settings
         self.checkpoint = settings.out / f"{method}.ckpt"
@@ -124,5 +124,5 @@ def _check_folder(out: Path) -> None:
         raise ValueError(f"out must be a folder to write to, got {out}: {error.strerror}") from error
 
 
-def _without(settings: Settings, names: set[str]) -> dict[str, object]:
+def _without(settings: RunSettings, names: set[str]) -> dict[str, object]:
     return {name: value for name, value in asdict(settings).items() if name not in names}

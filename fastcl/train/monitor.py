@@ -15,36 +15,35 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from fastcl.train.evaluate.evaluation import Evaluation
+from fastcl.train.evaluate.base import Evaluation
 from fastcl.train.evaluate.features import Features
-from fastcl.train.evaluate.linear import LINEAR, LONG_TAIL
 from fastcl.train.evaluate.pictures import Row
 from fastcl.train.methods.base import Method
 
 _PAIRS = ("contrastive_top1", "alignment", "uniformity", "center", "residual")
 _LOGGED = ("loss", *_PAIRS)
-_SHOWN = ("loss", "knn_top1", "knn_top1_few", *_PAIRS)
-COLUMNS = ("epoch", *_SHOWN, *LINEAR)
 
 
 class Monitor(Callback):
-    """Keeps a row of :data:`COLUMNS` for the untrained encoder and each epoch, in a CSV file.
-
-    Of a long tail it has those of :data:`LONG_TAIL`, too.
+    """Keeps a row for the untrained encoder and each epoch, in a CSV file.
 
     The rows are part of the checkpoint, so that a resumed run continues the file from there.
 
     Args:
-        evaluation: of the encoder; None: there is none.
+        evaluation: of what is trained.
         path: of the CSV file; an older one is replaced.
-        every: epochs between evaluations; the untrained encoder and the last epoch are always evaluated.
+        every: epochs between evaluations, besides those of the untrained encoder and the last epoch; 0: none.
         settings: of the run, kept in the checkpoint.
         options: of the run, told to the loggers with its results.
+
+    Attributes:
+        evaluates: whether there is anything to measure.
+        shown: the columns that are worth a line while training.
     """
 
     def __init__(
         self,
-        evaluation: Evaluation | None,
+        evaluation: Evaluation,
         path: Path,
         *,
         every: int,
@@ -57,6 +56,8 @@ class Monitor(Callback):
         self.settings = dict(settings)
         self.options = dict(options)
         self.rows: list[Row] = []
+        self.evaluates = bool(every) and evaluation.possible
+        self.shown = ("loss", *evaluation.measures, *_PAIRS)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "settings": self.settings}
@@ -66,7 +67,7 @@ class Monitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.rows:
-            found = self._measured(pl_module, linear=True)
+            found = self._measured(pl_module, thorough=True)
             self.rows.append({"epoch": 0, **found})
             for logger in trainer.loggers:
                 logger.log_metrics(found, step=0)
@@ -78,7 +79,7 @@ class Monitor(Callback):
         row = {"epoch": epoch} | {name: measured[name].item() for name in _LOGGED if name in measured}
         last = epoch == trainer.max_epochs
         if last or (self.every and epoch % self.every == 0):
-            found = self._measured(pl_module, linear=last)
+            found = self._measured(pl_module, thorough=last)
             pl_module.log_dict(found, prog_bar=True, rank_zero_only=True)
             row.update(found)
         self.rows.append(row)
@@ -90,18 +91,18 @@ class Monitor(Callback):
             if isinstance(logger, TensorBoardLogger):
                 logger.log_hyperparams(self.options, final)
 
-    def _measured(self, module: LightningModule, *, linear: bool) -> Row:
+    def _measured(self, module: LightningModule, *, thorough: bool) -> Row:
         assert isinstance(module, Method)
-        if self.evaluation is None:
+        if not self.evaluates:
             return {}
-        return self.evaluation.measure(module.evaluated, module.device, linear=linear)
+        return self.evaluation.measure(module.evaluated, module.device, thorough=thorough)
 
     def _write(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero:
             return
         text = StringIO()
-        long_tail = LONG_TAIL if self.evaluation is not None and self.evaluation.long_tail else ()
-        writer = csv.DictWriter(text, (*COLUMNS, *long_tail), restval="", lineterminator="\n")
+        columns = ("epoch", *self.shown, *self.evaluation.rare)
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         written = self.path.with_name(f".{self.path.name}")
@@ -146,7 +147,7 @@ class Lines(Callback):
         epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs or 0
         if trainer.is_global_zero and (epoch == epochs or epoch % max(1, epochs // 10) == 0):
             row = self.monitor.rows[-1]
-            values = "  ".join(f"{name} {row[name]:.3f}" for name in _SHOWN if name in row)
+            values = "  ".join(f"{name} {row[name]:.3f}" for name in self.monitor.shown if name in row)
             print(f"epoch {epoch}/{epochs}  {values}", flush=True)
 
 

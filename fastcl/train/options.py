@@ -13,7 +13,6 @@ import yaml
 from fastcl.train.data.choice import kind
 from fastcl.train.methods import METHODS
 from fastcl.train.ranges import described, is_flag
-from fastcl.train.settings import KINDS, Settings
 
 # the name in --batch_size or --batch_size=64, as YAML and Python spell --batch-size
 _OPTION = re.compile(r"(?<=^--)[^=]+")
@@ -28,7 +27,7 @@ def parse(method: str, arguments: Sequence[str]) -> dict[str, Any]:
     """
     arguments = [_OPTION.sub(lambda option: option[0].replace("_", "-"), text) for text in arguments]
     options = _from_file(method, arguments)
-    data = _first(arguments, "data") or options.get("data") or Settings.data
+    data = _first(arguments, "data") or options.get("data") or METHODS[method].data
     given, unknown = _parser(method, kind(str(data))).parse_known_args(arguments)
     if unknown:
         raise ValueError(f"unrecognized arguments: {' '.join(unknown)}")
@@ -69,19 +68,21 @@ def _parser(method: str, kind_of_data: str) -> argparse.ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        description="Writes metrics.csv, TensorBoard's files, curves.png, embedding.png, times.json, "
-        f"config.yaml and {method}.ckpt. Defaults are those for --data, here {kind_of_data} images.",
+        description=f"{METHODS[method].summary}. Writes metrics.csv, TensorBoard's files, curves.png, more "
+        f"pictures, times.json, config.yaml and {method}.ckpt. Defaults are those for --data, here "
+        f"{kind_of_data}.",
     )
     parser.add_argument("--config", help="YAML file with any of these options.")
     settings = METHODS[method].settings
-    recipes = {of: METHODS[method].defaults(of) for of in KINDS}
+    defaults = METHODS[method].defaults(kind_of_data)
+    recipes = {of: METHODS[method].defaults(of) for of in settings.kinds}
     types = get_type_hints(settings, include_extras=True)
     for field in fields(settings):
         values = [_shown(recipe[field.name]) for recipe in recipes.values()]
         help = described(types[field.name])
         if any(value != values[0] for value in values):
-            help += f" ({', '.join(f'{of}: {value}' for of, value in zip(KINDS, values, strict=True))})"
-        help += f" (default: {_shown(recipes[kind_of_data][field.name])})"
+            help += f" ({', '.join(f'{of}: {value}' for of, value in zip(recipes, values, strict=True))})"
+        help += f" (default: {_shown(defaults[field.name])})"
         flag: dict[str, Any] = {"nargs": "?", "const": True} if is_flag(types[field.name]) else {}
         name = field.name.replace("_", "-")
         parser.add_argument(f"--{name}", metavar=name.upper(), help=help.replace("%", "%%"), **flag)

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,18 @@ from torch.distributed import is_torchelastic_launched
 
 from fastcl.similarity.checks import check_choice
 from fastcl.train import checkpoints
-from fastcl.train.data.choice import kind, load
+from fastcl.train.data.choice import kind
 from fastcl.train.data.loader import Loader
-from fastcl.train.data.sources import Source, has_colours
-from fastcl.train.encoders import make_encoder
-from fastcl.train.evaluate.evaluation import Evaluation
-from fastcl.train.evaluate.features import Features, joined
-from fastcl.train.evaluate.pictures import draw_curves, draw_embedding, evenly
+from fastcl.train.data.sources import has_colours
+from fastcl.train.domains import DOMAINS
+from fastcl.train.evaluate.pictures import draw_curves
 from fastcl.train.folder import ResultsFolder
 from fastcl.train.methods import METHODS
 from fastcl.train.methods.base import Method
 from fastcl.train.monitor import Bar, EpochFeatures, Lines, Monitor, SeedEpochs
 from fastcl.train.optimizers import Optimization
 from fastcl.train.schedules import scheduled
-from fastcl.train.settings import Settings
+from fastcl.train.settings import RunSettings
 from fastcl.train.stopping import CleanStop
 from fastcl.train.times import StepTimes
 
@@ -58,8 +55,8 @@ def prepare(method: str, **options: Any) -> Run:
         TypeError: an unknown option.
     """
     check_choice("method", method, tuple(METHODS))
-    data = str(options.get("data", Settings.data))
     chosen = METHODS[method]
+    data = str(options.get("data", chosen.data))
     return Run(method, chosen.settings(**{**chosen.defaults(kind(data)), **options}))
 
 
@@ -71,7 +68,8 @@ class Run:
         name: of the method.
         settings: its options.
         folder: of the results.
-        source: the images.
+        source: the samples.
+        evaluation: of what is trained.
         method: what is trained; its ``evaluated`` network is what is evaluated.
 
     Raises:
@@ -79,7 +77,7 @@ class Run:
     """
 
     name: str
-    settings: Settings
+    settings: RunSettings
 
     def __post_init__(self) -> None:
         settings = self.settings
@@ -88,10 +86,12 @@ class Run:
         self.folder = ResultsFolder(self.name, settings)
         optimization = _optimization(settings)
         initial = None if settings.init is None else checkpoints.read_initial(settings.init)
-        self.source = load(settings)
-        _check_batches(settings, self.source)
+        domain = DOMAINS[settings.for_data()]
+        self.source = domain.load(settings)
+        _check_batches(settings, len(self.source.train))
+        self.evaluation = domain.evaluation(self.source, settings)
         seed_everything(settings.seed, verbose=False)
-        self.method = _method(self.name, settings, self.source, optimization)
+        self.method = self._made(*domain.encoder(self.source, settings), optimization)
         if self.method.needs_labels and not self.source.classes:
             raise ValueError(f"data must have labels for {self.name}, {settings.data} has none")
         if self.method.needs_colours and not has_colours(self.source):
@@ -113,9 +113,8 @@ class Run:
                 :meth:`fit` of the same settings with ``resume=True`` goes on from the last checkpoint.
         """
         settings, times = self.settings, StepTimes()
-        evaluation = Evaluation(self.source, settings.neighbours, long_tail=settings.imbalance > 1)
         monitor = Monitor(
-            evaluation if settings.evaluate_every and self.source.test is not None else None,
+            self.evaluation,
             settings.out / "metrics.csv",
             every=settings.evaluate_every,
             settings=self.folder.identity(),
@@ -123,7 +122,7 @@ class Run:
         )
         with _quiet_lightning():
             stop = CleanStop(self.folder.checkpoint)
-            features = EpochFeatures(partial(_bank_features, evaluation))
+            features = EpochFeatures(self.evaluation.training_features)
             trainer = self._trainer([stop, features, monitor], times)
             batches = Loader(
                 self.source.train,
@@ -143,7 +142,7 @@ class Run:
                     weights_only=True,
                 )
                 if trainer.is_global_zero:
-                    self._finish(evaluation, monitor, times, trainer.strategy.root_device)
+                    self._finish(monitor, times, trainer.strategy.root_device)
 
     def _trainer(self, callbacks: list[Callback], times: StepTimes) -> Trainer:
         settings, terminal = self.settings, sys.stdout.isatty()
@@ -176,22 +175,17 @@ class Run:
         except (MisconfigurationException, ValueError) as error:
             raise ValueError(" ".join(str(error).split())) from error
 
-    def _finish(
-        self, evaluation: Evaluation, monitor: Monitor, times: StepTimes, device: torch.device
-    ) -> None:
-        out, rows, source = self.settings.out, monitor.rows, self.source
+    def _finish(self, monitor: Monitor, times: StepTimes, device: torch.device) -> None:
+        out, rows, evaluation = self.settings.out, monitor.rows, self.evaluation
         name, epochs = type(self.method).__name__, self.settings.epochs
-        title = f"{name}, {epochs} epochs, {len(source.train)} training images"
-        draw_curves(rows, out / "curves.png", title)
+        title = f"{name}, {epochs} epochs, {len(self.source.train)} training samples"
+        draw_curves(rows, evaluation.lines, out / "curves.png", title)
         written = ["metrics.csv", "curves.png"]
         if self.settings.evaluate_every:
             self.method.to(device)
-            images = source.test or source.bank
-            drawn = evaluation.features(self.method.evaluated, images, device, evenly(len(images)).tolist())
-            draw_embedding(joined(drawn), source.classes, out / "embedding.png", title)
-            written.append("embedding.png")
-        for name in ("knn_top1", "knn_top1_few", "linear_top1"):
-            if monitor.evaluation is not None:
+            written += evaluation.draw(self.method.evaluated, device, out, title)
+        if monitor.evaluates:
+            for name in evaluation.lines:
                 print(f"{name:12} {rows[0][name]:.3f} -> {rows[-1][name]:.3f}")
         if times.steps:
             (out / "times.json").write_text(json.dumps(times.milliseconds(), indent=1) + "\n")
@@ -199,22 +193,30 @@ class Run:
         written.append(self.folder.checkpoint.name)
         print(f"wrote {', '.join(str(out / name) for name in written)}")
 
+    def _made(self, encoder: nn.Module, features: Any, optimization: Optimization) -> Method:
+        settings, trainer = self.settings, METHODS[self.name].trainer
+        make: Callable[..., Method] = trainer
+        own = trainer.own_options(settings)
+        of_data = {"samples": len(self.source.train), "classes": len(self.source.classes)}
+        own |= {argument: of_data[argument] for argument in trainer.data_arguments}
+        method = make(
+            encoder, features, self.source.augment, dim=settings.dim, optimization=optimization, **own
+        )
+        method.encode_chunk = settings.encode_chunk
+        return method
 
-def _bank_features(evaluation: Evaluation, encoder: nn.Module, device: torch.device) -> Iterator[Features]:
-    return evaluation.features(encoder, evaluation.source.bank, device)
 
-
-def _on_cpu(settings: Settings) -> bool:
+def _on_cpu(settings: RunSettings) -> bool:
     return settings.accelerator == "cpu" or not torch.cuda.is_available()
 
 
-def _check_precision(settings: Settings) -> None:
+def _check_precision(settings: RunSettings) -> None:
     check_choice("precision", settings.precision, _PRECISIONS)
     if settings.precision == "16-mixed" and _on_cpu(settings):
         raise ValueError("precision must be '32-true' or 'bf16-mixed' on a CPU, got '16-mixed'")
 
 
-def _check_processes(settings: Settings) -> None:
+def _check_processes(settings: RunSettings) -> None:
     launched = os.environ.get("WORLD_SIZE") if is_torchelastic_launched() else None
     if launched is not None and int(launched) != settings.processes:
         raise ValueError(
@@ -239,46 +241,28 @@ def _initialize(method: Method, state: Mapping[str, Tensor], path: Path | None) 
         raise ValueError(f"init must fit this run, {path} does not: {reason}") from error
 
 
-def _check_batches(settings: Settings, source: Source) -> None:
-    available, smallest = len(source.train), 2 * settings.processes
+def _check_batches(settings: RunSettings, available: int) -> None:
+    smallest = 2 * settings.processes
     if not smallest <= settings.batch_size <= available:
         raise ValueError(
-            f"batch_size must be between {smallest} and {available}, the number of training images, "
+            f"batch_size must be between {smallest} and {available}, the number of training samples, "
             f"got {settings.batch_size}"
         )
     if settings.batch_size % settings.processes != 0:
         raise ValueError(
             f"batch_size must be a multiple of the {settings.processes} processes, got {settings.batch_size}"
         )
-    if source.test is not None and len(source.test) < settings.processes:
-        raise ValueError(
-            f"data must have a test image per process, got {len(source.test)} for {settings.processes}"
-        )
     own, chunk = settings.batch_size // settings.processes, settings.encode_chunk
     if chunk is not None and (chunk < 2 or own % chunk != 0):
         raise ValueError(
-            f"encode_chunk must be at least 2 and divide a process's batch of {own} images, got {chunk}"
+            f"encode_chunk must be at least 2 and divide a process's batch of {own} samples, got {chunk}"
         )
 
 
-def _optimization(settings: Settings) -> Optimization:
+def _optimization(settings: RunSettings) -> Optimization:
     lr = settings.lr * settings.batch_size / 256
     decay = scheduled(settings.weight_decay, settings.weight_decay_end)
     return Optimization(settings.optimizer, lr, decay, settings.warmup_epochs)
-
-
-def _method(name: str, settings: Settings, source: Source, optimization: Optimization) -> Method:
-    encoder, features = make_encoder(
-        settings.arch, source.image_size, width=settings.width, in_channels=source.channels
-    )
-    trainer = METHODS[name].trainer
-    make: Callable[..., Method] = trainer
-    own = trainer.own_options(settings)
-    of_data = {"samples": len(source.train), "classes": len(source.classes)}
-    own |= {argument: of_data[argument] for argument in trainer.data_arguments}
-    method = make(encoder, features, source.augment, dim=settings.dim, optimization=optimization, **own)
-    method.encode_chunk = settings.encode_chunk
-    return method
 
 
 @contextmanager

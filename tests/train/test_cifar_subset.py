@@ -1,4 +1,4 @@
-"""The benchmark of all methods on a subset of CIFAR-10: its commands can be run, its table is right."""
+"""The benchmarks of the trainers: their commands can be run, their tables are right."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 
 pytest.importorskip("fastcl.train")
 
-from bench import accuracy
+from bench import accuracy, pairs
 from fastcl.train.methods import METHODS
 from fastcl.train.options import parse
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", accuracy.IMAGES)
 def test_a_command_has_options_that_its_method_takes(method: str, tmp_path: Path) -> None:
     fastcl, train, name, *options = accuracy.command(method, 3, Path("digits"), tmp_path)
     assert (fastcl, train, name) == ("fastcl", "train", method)
@@ -41,4 +41,28 @@ def test_the_table_has_what_training_gained(tmp_path: Path, monkeypatch: pytest.
     lines = (tmp_path / "README.md").read_text().splitlines()
     assert "| byol-0 | 0.250 | 0.375 | +0.125 | 0.10 |" in lines
     assert "| moco-v3-1 | 0.250 | 0.200 | -0.050 | 0.05 |" in lines
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", pairs.RUNS)
+def test_a_run_on_pairs_has_options_that_its_method_takes(name: str, tmp_path: Path) -> None:
+    fastcl, train, method, *options = pairs.command(name, tmp_path)
+    assert (fastcl, train) == ("fastcl", "train")
+    recipe = METHODS[method]
+    (kind,) = recipe.settings.kinds
+    assert recipe.settings(**{**recipe.defaults(kind), **parse(method, options)}).out == tmp_path
+
+
+def test_the_table_of_pairs_has_every_measure_and_the_baselines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairs, "RESULTS", tmp_path)
+    (tmp_path / "clip.csv").write_text("epoch,zero_shot_fonts\n0,0.002\n1,0.25\n")
+    (tmp_path / "simcse.csv").write_text("epoch,recall_10,tfidf_recall_10\n0,0.25,0.5\n1,0.75,0.5\n")
+    pairs.report()
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    assert "| clip | zero_shot_fonts | 0.002 | 0.250 |" in lines
+    assert "| simcse | recall_10 | 0.250 | 0.750 |" in lines
+    assert "| tfidf | recall_10 | | 0.500 |" in lines
+    assert "fastcl train simcse --epochs=3 --out=runs/simcse" in lines
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -79,6 +79,10 @@ class TestEvaluation:
         assert measured["alignment"].isclose((query - key).square().sum(1).mean(), atol=1e-5)
         assert measured["uniformity"].isclose((-2 * distances).exp().mean().log(), atol=1e-5)
         assert measured["contrastive_top1"] == top1
+        across = (
+            ((query * key).sum(1) > (query @ key.T).masked_fill(~others, -2).max(1).values).float().mean()
+        )
+        assert measure_pairs(query, key, across=True)["contrastive_top1"] == across
         center = query.mean(0)
         assert measured["center"].isclose(center.norm(), atol=1e-6)
         assert measured["residual"].isclose((query - center).norm(dim=1).mean(), atol=1e-6)
@@ -96,7 +100,7 @@ class TestPictures:
     )
 
     def test_curves_have_whole_epochs_and_legends_beside_them(self) -> None:
-        figure = curves(self.rows, "title")
+        figure = curves(self.rows, {"knn_top1": "neighbours"}, "title")
         figure.draw_without_rendering()
         for axes in figure.axes:
             assert all(float(tick).is_integer() for tick in axes.get_xticks())

@@ -111,7 +111,7 @@ class TestCommandLine:
             main(["train", method, "--help"])
         assert stop.value.code == 0
         output = capsys.readouterr().out
-        options = METHODS[method].defaults("digits")
+        options = METHODS[method].defaults(METHODS[method].settings.kinds[0])
         for option in options:
             assert f"--{option.replace('_', '-')} " in output
         assert output.count("default:") == len(options)
@@ -124,7 +124,7 @@ class TestCommandLine:
         for arguments in (["--data=cifar10"], ["--data", "cifar10"], ["--config", str(config)]):
             with pytest.raises(SystemExit):
                 main(["train", "moco", *arguments, "--help"])
-            assert "here small images" in " ".join(capsys.readouterr().out.split())  # however wide the screen
+            assert "here small." in " ".join(capsys.readouterr().out.split())  # however wide the screen
 
     def test_help_lists_every_method_with_its_paper(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):

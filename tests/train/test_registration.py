@@ -115,8 +115,8 @@ class TestRefused:
         with pytest.raises(ValueError, match="name must be new, moco is MoCo"):
             register("moco", "a second one", recipe=self.recipe)(Method)
 
-    def test_a_recipe_without_a_kind_of_images(self) -> None:
-        with pytest.raises(ValueError, match="recipe must be for digits, small, large images, got digits"):
+    def test_a_recipe_without_a_kind_of_data(self) -> None:
+        with pytest.raises(ValueError, match="recipe must be for digits, small, large, got digits"):
             register("half", "for digits only", recipe={"digits": {}})(Method)
 
     def test_a_recipe_that_lacks_an_option_or_gives_an_unknown_one(self) -> None:
@@ -126,6 +126,6 @@ class TestRefused:
             (small | {"magic": 1}, r"unknown \['magic'\]"),
         ):
             recipe = self.recipe | {"small": changed}
-            with pytest.raises(ValueError, match=f"recipe for small images .*{said}"):
+            with pytest.raises(ValueError, match=f"recipe for small .*{said}"):
                 register("half", "not all of it", settings=METHODS["simclr"].settings, recipe=recipe)(Method)
         assert "half" not in METHODS

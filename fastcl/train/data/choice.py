@@ -14,19 +14,21 @@ from fastcl.train.settings import Settings
 
 
 def kind(data: str) -> str:
-    """'digits', 'small' (up to 64 pixels) or 'large': which recipe ``data`` is trained with.
+    """Which recipe ``data`` is trained with.
+
+    'glyphs', 'definitions', or of images 'digits', 'small' (up to 64 pixels) or 'large'.
 
     Raises:
         ValueError: no such source.
     """
-    if data == "digits":
-        return "digits"
+    if data in ("digits", "glyphs", "definitions"):
+        return data
     if data in DOWNLOADS or is_idx(Path(data)):
         return "small"
     return "small" if size_of_images(Path(data)) <= SMALL_IMAGE else "large"
 
 
-def load(settings: Settings) -> Source:
+def load_images(settings: Settings) -> Source:
     """The source that ``settings.data`` names.
 
     Raises:

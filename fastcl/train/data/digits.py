@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 from sklearn.datasets import load_digits
@@ -38,25 +39,8 @@ def augment_digits(images: Tensor) -> Tensor:
 
     Nothing is mirrored: a flipped 2 is no longer a 2.
     """
-    count = len(images)
-
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.empty(count, device=images.device).uniform_(low, high)
-
-    angle = uniform(-math.radians(25), math.radians(25))
-    shear = uniform(-0.25, 0.25)
-    width, height = uniform(-0.2, 0.2).exp(), uniform(-0.2, 0.2).exp()
-    shift_x, shift_y = uniform(-0.2, 0.2), uniform(-0.2, 0.2)
-    cosine, sine = angle.cos(), angle.sin()
-    warp = torch.stack(
-        [
-            torch.stack([cosine * width, cosine * shear - sine * height, shift_x], dim=1),
-            torch.stack([sine * width, sine * shear + cosine * height, shift_y], dim=1),
-        ],
-        dim=1,
-    )  # [N, 2, 3]
-    grid = affine_grid(warp, list(images.shape), align_corners=False)
-    views = grid_sample(images, grid, align_corners=False).clamp(0, 1)
+    uniform = partial(_uniform, images)
+    views = warped(images, turn=25, shear=0.25, scale=0.2, shift=0.2).clamp(0, 1)
     gamma, contrast = uniform(-0.4, 0.4).exp(), uniform(0.6, 1.0)
     views = contrast[:, None, None, None] * views ** gamma[:, None, None, None]
     row, column = uniform(0, 7).round()[:, None, None], uniform(0, 7).round()[:, None, None]
@@ -64,3 +48,35 @@ def augment_digits(images: Tensor) -> Tensor:
     patch = ((pixel[:, None] - row).abs() <= 1) & ((pixel - column).abs() <= 1)  # [N, 8, 8]
     erased = patch & (uniform(0, 1) < 0.3)[:, None, None]
     return views.masked_fill(erased[:, None], 0) + 0.1 * torch.randn_like(views)
+
+
+def warped(images: Tensor, *, turn: float, shear: float, scale: float, shift: float) -> Tensor:
+    """Images (N, C, H, W), each turned, sheared, scaled and shifted at random.
+
+    Args:
+        images: float; beyond their edges they are 0.
+        turn: at most, degrees either way.
+        shear: at most.
+        scale: of width and height each, at most, as the logarithm of a factor.
+        shift: at most, in halves of a side.
+    """
+    uniform = partial(_uniform, images)
+    angle = uniform(-math.radians(turn), math.radians(turn))
+    sheared = uniform(-shear, shear)
+    width, height = uniform(-scale, scale).exp(), uniform(-scale, scale).exp()
+    shift_x, shift_y = uniform(-shift, shift), uniform(-shift, shift)
+    cosine, sine = angle.cos(), angle.sin()
+    warp = torch.stack(
+        [
+            torch.stack([cosine * width, cosine * sheared - sine * height, shift_x], dim=1),
+            torch.stack([sine * width, sine * sheared + cosine * height, shift_y], dim=1),
+        ],
+        dim=1,
+    )  # [N, 2, 3]
+    grid = affine_grid(warp, list(images.shape), align_corners=False)
+    return grid_sample(images, grid, align_corners=False)
+
+
+def _uniform(images: Tensor, low: float, high: float) -> Tensor:
+    """A number per image."""
+    return torch.empty(len(images), device=images.device).uniform_(low, high)

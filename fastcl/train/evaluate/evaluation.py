@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -12,14 +14,17 @@ from tqdm import tqdm
 from fastcl.train.data.images import Images
 from fastcl.train.data.loader import Loader
 from fastcl.train.data.sources import Source
+from fastcl.train.evaluate.base import Evaluation
 from fastcl.train.evaluate.features import Features, gathered, joined, stream
-from fastcl.train.evaluate.linear import evaluate_linear, evaluate_long_tail
+from fastcl.train.evaluate.linear import LINEAR, LONG_TAIL, evaluate_linear, evaluate_long_tail
 from fastcl.train.evaluate.neighbours import evaluate_neighbours
+from fastcl.train.evaluate.pictures import draw_embedding, evenly
+from fastcl.train.settings import Settings
 
 _BATCH = 512
 
 
-class Evaluation:
+class ImageEvaluation(Evaluation):
     """Measures encoders on the images of a source.
 
     Every rank encodes its share, so that none waits for another longer than a batch takes. Training
@@ -27,30 +32,56 @@ class Evaluation:
 
     Args:
         source: the images; ``bank`` holds the neighbours of ``test``.
-        neighbours: how many vote.
-        long_tail: whether classes with many and with few training images are told apart.
+        settings: of the run.
+
+    Raises:
+        ValueError: fewer test images than processes.
     """
 
-    def __init__(self, source: Source, neighbours: int, *, long_tail: bool = False) -> None:
-        self.source = source
-        self.neighbours = neighbours
-        self.long_tail = long_tail
+    measures = ("knn_top1", "knn_top1_few")
+    lines: ClassVar[Mapping[str, str]] = {
+        "knn_top1": "neighbours, all labels",
+        "knn_top1_few": "neighbours, one label per class",
+        "linear_top1": "linear classifier",
+    }
 
-    def measure(self, encoder: nn.Module, device: torch.device, *, linear: bool) -> dict[str, float]:
-        """The accuracies by name; with ``linear`` those of linear classifiers, too."""
+    def __init__(self, source: Source, settings: Settings) -> None:
+        if source.test is not None and len(source.test) < settings.processes:
+            raise ValueError(
+                f"data must have a test image per process, got {len(source.test)} for {settings.processes}"
+            )
+        self.source = source
+        self.neighbours = settings.neighbours
+        self.possible = source.test is not None
+        self.long_tail = settings.imbalance > 1
+        self.rare = (*LINEAR, *LONG_TAIL) if self.long_tail else LINEAR
+
+    def measure(self, network: nn.Module, device: torch.device, *, thorough: bool) -> dict[str, float]:
+        """The accuracies by name; with ``thorough`` those of linear classifiers, too."""
         assert self.source.test is not None
-        queries = gathered(joined(self.features(encoder, self.source.test, device)))
-        bank = self.features(encoder, self.source.bank, device)
+        queries = gathered(joined(self.features(network, self.source.test, device)))
+        bank = self.training_features(network, device)
         kept: list[Features] = []
         labels = self.source.bank.labels
         found = evaluate_neighbours(
-            _keeping(bank, kept) if linear else bank, labels, queries, self.neighbours
+            _keeping(bank, kept) if thorough else bank, labels, queries, self.neighbours
         )
-        if linear:
+        if thorough:
             found |= evaluate_linear(joined(kept), queries)
-        if linear and self.long_tail:
+        if thorough and self.long_tail:
             found |= evaluate_long_tail(joined(kept), queries, labels.bincount())
         return found
+
+    def draw(self, network: nn.Module, device: torch.device, folder: Path, title: str) -> list[str]:
+        """The test images' features in two dimensions."""
+        images = self.source.test or self.source.bank
+        drawn = self.features(network, images, device, evenly(len(images)).tolist())
+        draw_embedding(joined(drawn), self.source.classes, folder / "embedding.png", title)
+        return ["embedding.png"]
+
+    def training_features(self, network: nn.Module, device: torch.device) -> Iterator[Features]:
+        """Features of the training images, this rank's share, a batch at a time."""
+        return self.features(network, self.source.bank, device)
 
     def features(
         self, encoder: nn.Module, images: Images, device: torch.device, only: Sequence[int] | None = None

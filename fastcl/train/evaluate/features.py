@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from fastcl.distributed.gather import gather_rows
 
+_BATCH = 512
+
 
 class Features(NamedTuple):
     """Features (N, F) of images; their labels (N,), -1 for none; their places (N,) in the data set."""
@@ -40,6 +42,13 @@ def joined(parts: Iterable[Features]) -> Features:
     """The features of several batches in one piece."""
     values, labels, indices = zip(*parts, strict=True)
     return Features(torch.cat(values), torch.cat(labels), torch.cat(indices))
+
+
+def rows_of(network: nn.Module, samples: Tensor, device: torch.device) -> Tensor:
+    """What ``network`` makes of the samples, (N, D), all of them on every rank."""
+    places = torch.arange(len(samples)).split(_BATCH)
+    batches = ((samples[part], part, part) for part in places)
+    return joined(stream(network, batches, nn.Identity(), device)).values
 
 
 def gathered(own: Features) -> Features:

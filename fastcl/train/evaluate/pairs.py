@@ -9,13 +9,16 @@ import fastcl
 
 
 @torch.no_grad()
-def measure_pairs(query: Tensor, key: Tensor, negatives: Tensor | None = None) -> dict[str, Tensor]:
+def measure_pairs(
+    query: Tensor, key: Tensor, negatives: Tensor | None = None, *, across: bool = False
+) -> dict[str, Tensor]:
     """How good the pairs (query_i, key_i) of a batch are.
 
     Args:
         query: (N, D) embeddings, any floating dtype.
         key: (N, D), same dtype.
         negatives: (M, D) unit rows; None: the other rows of ``query`` and ``key``.
+        across: without ``negatives``, they are the other rows of ``key`` only.
 
     Returns:
         ``contrastive_top1``, the share of queries nearer to their key than to any negative;
@@ -28,9 +31,9 @@ def measure_pairs(query: Tensor, key: Tensor, negatives: Tensor | None = None) -
     ids = torch.arange(len(query), device=query.device)
     others = fastcl.similarity_stats(query, query, scale=4.0, rule=fastcl.PairRule(exclude=(ids, ids)))
     if negatives is None:
-        both, both_ids = torch.cat([query, key]), ids.repeat(2)
-        rule = fastcl.PairRule(exclude=(ids, both_ids))
-        hardest = fastcl.similarity_stats(query, both, rule=rule).max_neg
+        rivals, rival_ids = (key, ids) if across else (torch.cat([query, key]), ids.repeat(2))
+        rule = fastcl.PairRule(exclude=(ids, rival_ids))
+        hardest = fastcl.similarity_stats(query, rivals, rule=rule).max_neg
     else:
         hardest = fastcl.similarity_stats(query, negatives.to(query.dtype)).max_neg
     similarity = (query * key).sum(dim=1)

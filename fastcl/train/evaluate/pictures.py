@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,28 +17,23 @@ from fastcl.train.evaluate.features import Features
 Row = dict[str, float]
 _POINTS = 2000
 _NAMED = 20  # classes that a legend has room for
-_ACCURACIES = {
-    "knn_top1": "neighbours, all labels",
-    "knn_top1_few": "neighbours, one label per class",
-    "linear_top1": "linear classifier",
-}
 _PAIRS = ("alignment", "uniformity", "center", "residual")
 
 
-def draw_curves(rows: Sequence[Row], picture: Path, title: str) -> None:
-    """Draw the loss, the accuracies and what pairs of views are like over the epochs."""
-    figure = curves(rows, title)
+def draw_curves(rows: Sequence[Row], measures: Mapping[str, str], picture: Path, title: str) -> None:
+    """Draw the loss, the ``measures`` and what pairs of views are like over the epochs."""
+    figure = curves(rows, measures, title)
     figure.savefig(picture, dpi=150)
 
 
-def curves(rows: Sequence[Row], title: str) -> Figure:
+def curves(rows: Sequence[Row], measures: Mapping[str, str], title: str) -> Figure:
     """The figure of :func:`draw_curves`."""
     figure = Figure(figsize=(15, 4), layout="constrained")
     loss, accuracy, pairs = figure.subplots(1, 3)
     _lines(loss, rows, {"loss": "training loss"})
     loss.set(title="Training loss", ylabel="loss")
-    _lines(accuracy, rows, _ACCURACIES)
-    accuracy.set(title="Accuracy on the test images", ylabel="accuracy", ylim=(0, 1.02))
+    _lines(accuracy, rows, measures)
+    accuracy.set(title="Accuracy on the test data", ylabel="accuracy", ylim=(0, 1.02))
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     _lines(pairs, rows, {name: name for name in _PAIRS})
     pairs.set(title="Pairs of views")
@@ -53,7 +48,7 @@ def curves(rows: Sequence[Row], title: str) -> Figure:
     return figure
 
 
-def _lines(axes: Axes, rows: Sequence[Row], names: dict[str, str]) -> None:
+def _lines(axes: Axes, rows: Sequence[Row], names: Mapping[str, str]) -> None:
     for name, label in names.items():
         found = [(row["epoch"], row[name]) for row in rows if name in row]
         if found:

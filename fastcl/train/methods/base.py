@@ -20,7 +20,7 @@ from fastcl.train.evaluate.features import Features, summed
 from fastcl.train.evaluate.pairs import measure_pairs
 from fastcl.train.optimizers import Optimization
 from fastcl.train.schedules import Value, scheduled, value_at
-from fastcl.train.settings import Settings
+from fastcl.train.settings import RunSettings
 
 Rows = tuple[Tensor, ...]
 Augment = Callable[[Any], Any]
@@ -85,7 +85,7 @@ class Method(LightningModule):
         self._steps = self._steps_per_epoch = 1
 
     @classmethod
-    def own_options(cls, settings: Settings) -> dict[str, Any]:
+    def own_options(cls, settings: RunSettings) -> dict[str, Any]:
         """The options in ``settings`` that not every method has, as arguments of the constructor.
 
         An option ``x`` with another ``x_end`` becomes the schedule of both.
@@ -93,7 +93,7 @@ class Method(LightningModule):
         Raises:
             ValueError: they do not go together with the others.
         """
-        shared = {option.name for option in fields(Settings)}
+        shared = {option.name for option in fields(settings.for_data())}
         own = {name: value for name, value in asdict(settings).items() if name not in shared}
         ends = {name for name in own if name.endswith("_end")}
         return {

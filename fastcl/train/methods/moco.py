@@ -19,7 +19,7 @@ from fastcl.train.methods.registry import Recipe, register
 from fastcl.train.optimizers import Optimization
 from fastcl.train.ranges import ClosedUnitInterval, PositiveInt
 from fastcl.train.schedules import Value
-from fastcl.train.settings import ContrastiveSettings, Settings
+from fastcl.train.settings import ContrastiveSettings, RunSettings
 
 _DEFAULT = Optimization("sgd", lr=0.03)
 
@@ -99,7 +99,7 @@ class MoCo(Method):
         self.schedule(temperature=temperature, momentum=momentum)
 
     @classmethod
-    def own_options(cls, settings: Settings) -> dict[str, Any]:
+    def own_options(cls, settings: RunSettings) -> dict[str, Any]:
         own = super().own_options(settings)
         if settings.processes > 1:
             own["bn_splits"] = 1  # keys are shuffled over the processes instead

@@ -290,19 +290,24 @@ def row_gradient(
     other_weights: Tensor | None,
     unit: Tensor,
     sums: bool = False,
+    weights: Any = gradient.tile_weights,
 ) -> tuple[Tensor, Tensor | None]:
-    """``sum_j dl_ij factor_j y_j`` (N, D) and, if asked for, ``sum_j dl_ij`` (N,)."""
+    """``sum_j dl_ij factor_j y_j`` (N, D) and, if asked for, ``sum_j dl_ij`` (N,).
+
+    ``weights``: the function on the device that forms the logits' gradients.
+    """
     walk = plan("gradient", own, other)
     splits = walk.grid[1]
     partial = scale.new_empty(splits, *own.rows.shape)
     partial_sums = scale.new_empty(splits, own.count) if sums else None
     arguments = (own, other, scale, own_weights, other_weights, unit, partial, partial_sums)
-    launch(gradient.gradient, walk.grid, *arguments, **walk.options)
+    launch(gradient.gradient, walk.grid, *arguments, WEIGHTS=weights, **walk.options)
+    return over_splits(partial), None if partial_sums is None else over_splits(partial_sums)
 
-    def total(parts: Tensor) -> Tensor:
-        return parts[0] if splits == 1 else parts.sum(dim=0)
 
-    return total(partial), None if partial_sums is None else total(partial_sums)
+def over_splits(parts: Tensor) -> Tensor:
+    """The sum of what each split found."""
+    return parts[0] if parts.shape[0] == 1 else parts.sum(dim=0)
 
 
 def power_of_two_over(largest: Tensor) -> Tensor:
@@ -318,14 +323,15 @@ def logit_gradient(
     own_weights: Tensor | None,
     other_weights: Tensor | None = None,
     unit: Tensor | None = None,
+    weights: Any = gradient.tile_weights,
 ) -> Tensor:
     """The logits' gradients (N, M) of stored products, times ``unit``, in the dtype of products."""
     dtype = dot_dtype(own.rows, other.rows)
     result = scale.new_empty(own.count, other.count, dtype=dtype)
-    tile = tiles.tile("statistics", tiles.architecture(scale.device), dtype, tiles.MAX_WIDTH)
+    walk = plan("statistics", own, other)
     launch(
         gradient.logit_gradient,
-        (triton.cdiv(own.count, tile.block_m), triton.cdiv(other.count, tile.block_n)),
+        tile_grid(walk, own, other),
         own,
         other,
         scale,
@@ -334,10 +340,16 @@ def logit_gradient(
         other_weights,
         torch.ones_like(scale) if unit is None else unit,
         result,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
+        WEIGHTS=weights,
+        BLOCK_M=walk.tile.block_m,
+        BLOCK_N=walk.tile.block_n,
     )
     return result
+
+
+def tile_grid(walk: Plan, own: Side, other: Side) -> tuple[int, int]:
+    """A program for every tile."""
+    return triton.cdiv(own.count, walk.tile.block_m), triton.cdiv(other.count, walk.tile.block_n)
 
 
 def bias2(bias: Tensor | None) -> Tensor | None:

@@ -39,6 +39,8 @@ PARTIAL_SUM = tl.constexpr(fields.RUNNING_SUMS.start)
 PARTIAL_COUNT = tl.constexpr(fields.RUNNING_SUMS.start + 1)
 RUNNING = tl.constexpr(fields.RUNNING)
 
+OF_POSITIVES = tl.constexpr(1)  # of sums over negatives, then positives
+
 NEG_SLOPE = tl.constexpr(Weights._fields.index("neg_slope"))
 POS_SHIFT = tl.constexpr(Weights._fields.index("pos_max"))
 POS_SLOPE = tl.constexpr(Weights._fields.index("pos_slope"))

@@ -191,7 +191,7 @@ def chunks(query: Side, key: Side) -> Iterator[_Chunk]:
         yield _Chunk(rows, chunk, matrix, Stored(matrix.data, 1, key.count))
 
 
-def _operand(side: Side) -> Tensor:
+def operand(side: Side) -> Tensor:
     """Rows with their factor, in their own dtype."""
     rows: Tensor = side.rows
     return rows if side.factor is None else (rows.float() * side.factor[:, None]).to(rows.dtype)
@@ -203,7 +203,7 @@ def attend(query: Side, key: Side, scale: Tensor, spare: int = 0) -> tuple[Parti
         return launch.attend_keys(query, key, scale, spare)
     partials = scale.new_empty(1 + spare, NEGATIVE_STATE, query.count)
     weighted = scale.new_empty(1 + spare, *query.rows.shape)
-    operand = _operand(key)
+    key_operand = operand(key)
     for chunk in chunks(query, key):
         found, _ = launch.row_statistics(chunk.query, key, scale, chunk.by_query)
         _, state = launch.merge(found)
@@ -211,7 +211,7 @@ def attend(query: Side, key: Side, scale: Tensor, spare: int = 0) -> tuple[Parti
         weights = torch.stack([maximum, torch.ones_like(maximum)])
         exponentials = launch.logit_gradient(chunk.query, key, scale, chunk.by_query, weights)
         partials[0][:, chunk.rows] = state[OF_NEGATIVES]
-        weighted[0][chunk.rows] = launch.matmul(exponentials, operand)
+        weighted[0][chunk.rows] = launch.matmul(exponentials, key_operand)
     return launch.as_partials(partials), weighted
 
 
@@ -259,7 +259,7 @@ def wide_gradients(
     query_sum = new(query.rows.shape) if want_query else None
     key_sum = new(key.rows.shape) if want_key else None
     bias_sum = new(key.count) if want_bias else None
-    query_operand, key_operand = _operand(query), _operand(key)
+    query_operand, key_operand = operand(query), operand(key)
     for chunk in chunks(query, key):
         own = None if query_weights is None else query_weights[:, chunk.rows].contiguous()
         dlogits = launch.logit_gradient(

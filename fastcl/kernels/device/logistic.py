@@ -74,9 +74,7 @@ def logistic_weights(own, other, own_grad, other_grad, rows, others, dots, scale
     values = signed_logits(own, other, rows, others, dots, scale2)
     if own_grad is None:
         factor = tl.expand_dims(load_vector(other_grad, others, other), 0)
-        of_positives = -tl.expand_dims(
-            load_vector(other_grad + OF_POSITIVES * other.count, others, other), 0
-        )
+        of_positives = -tl.expand_dims(load_vector(other_grad + OF_POSITIVES * other.count, others, other), 0)
     else:
         factor = tl.expand_dims(load_vector(own_grad, rows, own), 1)
         of_positives = -tl.expand_dims(load_vector(own_grad + OF_POSITIVES * own.count, rows, own), 1)

@@ -42,7 +42,8 @@ def side_weights(side, weights, indices, negatives, positives, axis: tl.constexp
 @triton.jit
 def tile_weights(own, other, own_weights, other_weights, rows, others, dots, scale2):
     """The logits' gradients of a tile, [BM, BN]."""
-    values = included(own, other, rows, others, logits(own, other, rows, others, dots, scale2))
+    values = logits(own, other, rows, others, dots, scale2, own_weights is None)
+    values = included(own, other, rows, others, values)
     positives = values
     if own.positive is not None:
         values, positives = split_by_label(own, other, rows, others, values)

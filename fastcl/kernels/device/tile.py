@@ -147,14 +147,25 @@ def dots_of(
 
 
 @triton.jit
-def logits(own, other, own_rows, other_rows, dots, scale2):
-    """Log2-unit logits of a tile of products, [BM, BN]."""
-    if own.factor is None:
-        result = dots * scale2
+def times_factor(values, side, indices, scale, axis: tl.constexpr):
+    """A tile times a side's factor and a scale."""
+    if side.factor is None:
+        result = values * scale
     else:
-        result = dots * (load_vector(own.factor, own_rows, own) * scale2)[:, None]
-    if other.factor is not None:
-        result *= load_vector(other.factor, other_rows, other)[None, :]
+        result = values * tl.expand_dims(load_vector(side.factor, indices, side) * scale, axis)
+    return result
+
+
+@triton.jit
+def logits(own, other, own_rows, other_rows, dots, scale2, OF_OTHER: tl.constexpr = False):
+    """Log2-unit logits of a tile of products, [BM, BN].
+
+    ``OF_OTHER``: rounded as a pass over the other side's rows has rounded them.
+    """
+    if OF_OTHER:
+        result = times_factor(times_factor(dots, other, other_rows, scale2, 0), own, own_rows, 1.0, 1)
+    else:
+        result = times_factor(times_factor(dots, own, own_rows, scale2, 1), other, other_rows, 1.0, 0)
     if own.bias is not None:
         result += load_vector(own.bias, own_rows, own)[:, None]
     if other.bias is not None:

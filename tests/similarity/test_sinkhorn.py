@@ -9,7 +9,7 @@ import fastcl
 from fastcl import testing
 from fastcl.backends.registry import BACKENDS
 
-LARGE = ((140, 200, 123),) if testing.INTERPRETED else ((252, 507, 123), (700, 2500, 20))
+LARGE = ((70, 140, 40),) if testing.INTERPRETED else ((252, 507, 123), (700, 2500, 20))
 OPS = torch.ops.fastcl
 
 

@@ -30,7 +30,8 @@ quick: lint
 	$(BIN)/python -m pytest -n auto -k "not compil and not one_graph" $(QUICK_TESTS:%=tests/%)
 
 TRITON_TESTS = losses/test_losses.py losses/test_degenerate.py losses/test_mochi.py losses/test_decoupled.py \
-	losses/test_hard_negative.py memory/test_queue.py similarity/test_stats.py similarity/test_topk.py ops/test_ops.py backends/test_triton.py
+	losses/test_hard_negative.py memory/test_queue.py similarity/test_stats.py similarity/test_topk.py \
+	similarity/test_logistic.py similarity/test_soft_targets.py similarity/test_sinkhorn.py ops/test_ops.py backends/test_triton.py
 triton: $(VENV)/.installed
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(TRITON_TESTS:%=tests/%)
 	$(BIN)/python -W ignore -m bench.aot -k "bfloat16 D=128"

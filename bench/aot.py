@@ -1,7 +1,7 @@
 """Compiles every Triton kernel for GPUs that need not be here, and reads the machine code.
 
 ``python -m bench.aot`` prints a line per kernel and target: registers, spilled bytes, shared memory,
-tensor-core instructions. It fails on a spill, and where a kernel of products has no such instruction.
+tensor-core instructions. It fails on a spill, and where a product is formed without such instructions.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ TARGETS = {
 _SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|v_s?mfma)")
+_PLAIN_PRODUCT = re.compile(r"\btt\.dot\b.*-> tensor<[^>]*#blocked")
 
 
 class Row(NamedTuple):
@@ -47,7 +48,7 @@ class Row(NamedTuple):
     registers: int
     spilled: int  # bytes per thread
     shared: int  # bytes per program
-    tensor_core: int  # instructions in the code
+    tensor_core: int  # instructions in the code, 0 where a product goes without
     needs_tensor_core: bool
 
     def failed(self) -> bool:
@@ -97,6 +98,7 @@ def _row(target: str, call: kernel_calls.Call, kernel: Any, options: dict[str, A
     registers, spilled, code = read(compiled.asm)
     tile = "x".join(str(options[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in options)
     matrix = "tt.dot" in compiled.asm["ttir"]
+    every_product = not _PLAIN_PRODUCT.search(compiled.asm["ttgir"])
     name = kernel.fn.__name__
     return Row(
         target,
@@ -106,7 +108,7 @@ def _row(target: str, call: kernel_calls.Call, kernel: Any, options: dict[str, A
         registers,
         spilled,
         compiled.metadata.shared,
-        len(_TENSOR_CORES.findall(code)),
+        len(_TENSOR_CORES.findall(code)) if every_product else 0,
         matrix,
     )
 

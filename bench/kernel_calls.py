@@ -14,7 +14,7 @@ from fastcl import kernels
 from fastcl.kernels.tiles import DTYPE_NAMES
 from fastcl.losses.families.mochi import Mochi
 from fastcl.losses.families.one_positive import BATCH, NEGATIVES, PAIRS, VIEWS, OnePositive
-from fastcl.similarity.problem import Needs, Problem
+from fastcl.similarity.problem import LogisticNeeds, Needs, Problem, SoftTargetNeeds, SoftTargets
 
 _ROWS, _KEYS = 16384, 20480
 _ALL_NEEDED = 0b1111
@@ -32,16 +32,19 @@ def calls() -> Iterator[Call]:
     yield from _losses("bfloat16 D=128", torch.bfloat16, 128)
     yield from _statistics("bfloat16 D=128", torch.bfloat16, 128)
     yield from _queue("bfloat16 D=128", torch.bfloat16, 128)
+    yield from _sums("bfloat16 D=128", torch.bfloat16, 128)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for width in (64, 128, 256):
             if (dtype, width) != (torch.bfloat16, 128):
                 yield from _losses(
                     f"{DTYPE_NAMES[dtype]} D={width}", dtype, width, ("nt_xent", "clip", "queue")
                 )
+                yield from _sums(f"{DTYPE_NAMES[dtype]} D={width}", dtype, width)
     yield from _statistics("float32 D=128", torch.float32, 128)
     yield from _statistics("float16 D=128", torch.float16, 128)
     yield from _losses("bfloat16 D=512", torch.bfloat16, 512, ("clip",), 1024)
     yield from _statistics("bfloat16 D=512", torch.bfloat16, 512, 1024, 2048)
+    yield from _sums("bfloat16 D=512", torch.bfloat16, 512, 1024)
 
 
 def _rows(count: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -102,6 +105,28 @@ def _statistics(name: str, dtype: torch.dtype, width: int, n: int = _ROWS, m: in
     yield Call(f"statistics {name}", lambda: run(False, False))
     yield Call(f"labelled {name}", lambda: run(True, False))
     yield Call(f"labelled symmetric {name}", lambda: run(True, True))
+
+
+def _sums(name: str, dtype: torch.dtype, width: int, n: int = _ROWS) -> Iterator[Call]:
+    scale, ids = torch.ones(()), torch.zeros(n, dtype=torch.int64)
+
+    def logistic(**rule: Tensor) -> None:
+        query, key = _rows(n, width, dtype), _rows(n, width, dtype)
+        problem, bias = Problem(query, key, scale, **rule, normalize=True), torch.zeros(n)  # type: ignore[arg-type]
+        sums = kernels.logistic(problem, bias)
+        kernels.logistic_backward(problem, bias, sums, LogisticNeeds(True, True, True, True))
+
+    def soft_targets(views: int, teachers: int, target_bias: Tensor | None = None) -> None:
+        keys = _rows(_KEYS, width, dtype)
+        query, target_query = (torch.zeros(count, 512, width, dtype=dtype) for count in (views, teachers))
+        args = SoftTargets(query, keys, scale, target_query, keys, scale, target_bias)
+        losses, state, kept = kernels.soft_cross_entropy(args, 0)
+        kernels.soft_cross_entropy_backward(args, losses, state, kept, SoftTargetNeeds(True, True, True))
+
+    yield Call(f"siglip {name}", lambda: logistic(positive_query=ids, positive_key=ids))
+    yield Call(f"logistic {name}", lambda: logistic(exclude_query=ids, exclude_key=ids))
+    yield Call(f"soft targets {name}", lambda: soft_targets(1, 1))
+    yield Call(f"multi-crop {name}", lambda: soft_targets(10, 2, torch.zeros(_KEYS)))
 
 
 def _queue(name: str, dtype: torch.dtype, width: int) -> Iterator[Call]:

@@ -43,9 +43,11 @@ _FLOAT32 = (
 )
 # the table's kernels, and the functions that are launched with their tiles
 _FUNCTIONS = {
-    "statistics": {"statistics", "rank"},
+    "statistics": {"statistics", "rank", "logistic"},
     "attend": {"attend"},
     "gradient": {"gradient", "loss_gradient"},
+    "soft_targets": {"soft_cross_entropy"},
+    "soft_gradient": {"soft_gradient"},
 }
 
 

@@ -8,8 +8,7 @@ import torch
 
 import fastcl
 from fastcl import PairRule
-from fastcl.backends import choice, native, triton
-from fastcl.backends.base import Request
+from fastcl.backends import choice, native
 
 Z, W = torch.ones(4, 3), torch.ones(5, 3)
 IDS = torch.arange(4)
@@ -223,8 +222,3 @@ def test_a_failed_selection_changes_nothing():
         with pytest.raises((ValueError, RuntimeError)):
             fastcl.use_backend(name)
     assert choice._selected == before
-
-
-def test_a_backend_without_a_kernel_says_which_serves():
-    reasons = triton.BACKEND.unsupported_reasons(Request.of_sums(Z, "soft_cross_entropy"))
-    assert "soft_cross_entropy has no kernel yet, 'chunked' serves it" in reasons

@@ -29,7 +29,6 @@ class Request:
     loss: WholeLoss | None = None  # where a loss is asked for that a backend may compute as a whole
     enqueue: bool = False  # where a queue's step is
     mochi: Mochi | None = None  # where MoCHi's loss is
-    sums: str = ""  # the function, where its sums over keys are formed by plain torch
 
     @classmethod
     def of_loss(cls, args: WholeLoss) -> Request:
@@ -44,17 +43,8 @@ class Request:
         return cls(args.query.device, args.query.dtype, mochi=args)
 
     @classmethod
-    def of_sums(cls, x: Tensor, function: str) -> Request:
-        return cls(x.device, x.dtype, sums=function)
-
-    @classmethod
     def of(cls, x: Tensor, simple_rule: bool = True) -> Request:
         return cls(x.device, x.dtype, simple_rule)
-
-
-def no_kernel_for(request: Request) -> list[str]:
-    """The reason of a backend of kernels, where there is none yet."""
-    return [f"{request.sums} has no kernel yet, 'chunked' serves it"] if request.sums else []
 
 
 def _anything(request: Request) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcl.backends import chunked, native
-from fastcl.backends.base import Backend, Request, WholeLoss, no_kernel_for
+from fastcl.backends.base import Backend, Request, WholeLoss
 from fastcl.losses.families.many_positives import ManyPositives
 from fastcl.losses.families.mochi import Mochi
 from fastcl.losses.families.one_positive import BATCH, VIEWS, OnePositive
@@ -37,7 +37,7 @@ def unsupported_reasons(request: Request) -> list[str]:
     loss = request.loss
     if not (request.enqueue or request.mochi) and (loss is None or loss.reduction == "none"):
         return ["it serves whole losses only, reduced to their mean or sum"]
-    reasons = no_kernel_for(request)
+    reasons = []
     if request.device.type != "cuda":
         reasons.append(f"inputs are on {request.device}, it takes CUDA tensors")
     if request.dtype == torch.float64:

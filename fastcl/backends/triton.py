@@ -11,10 +11,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastcl.backends.base import Backend, Outputs, Request, no_kernel_for
+from fastcl.backends.base import Backend, Outputs, Request
 from fastcl.losses.families.mochi import Mochi
 from fastcl.losses.families.one_positive import OnePositive
-from fastcl.similarity.problem import Needs, Problem, TopK
+from fastcl.similarity.problem import LogisticNeeds, Needs, Problem, SoftTargetNeeds, SoftTargets, TopK
 
 
 def is_interpreted() -> bool:
@@ -33,7 +33,7 @@ def missing_reason() -> str | None:
 
 def unsupported_reasons(request: Request) -> list[str]:
     """What keeps the kernels from serving ``request``."""
-    reasons = no_kernel_for(request)
+    reasons = []
     wanted = "cpu" if is_interpreted() else "cuda"
     if request.device.type != wanted:
         reasons.append(f"inputs are on {request.device}, it takes {wanted} tensors")
@@ -70,6 +70,37 @@ def _stats_backward(
     return grads
 
 
+def _logistic(problem: Problem, bias: Tensor) -> Tensor:
+    sums: Tensor = _kernels().logistic(problem, bias)
+    return sums
+
+
+def _logistic_backward(
+    problem: Problem, bias: Tensor, grad: Tensor, needs: LogisticNeeds
+) -> tuple[Tensor | None, ...]:
+    grads: tuple[Tensor | None, ...] = _kernels().logistic_backward(problem, bias, grad, needs)
+    return grads
+
+
+def _soft_cross_entropy(args: SoftTargets, kept: int) -> tuple[Tensor, Tensor, Tensor]:
+    losses, state, logits = _kernels().soft_cross_entropy(args, kept)
+    return losses, state, logits
+
+
+def _soft_cross_entropy_backward(
+    args: SoftTargets, grad: Tensor, state: Tensor, kept: Tensor, needs: SoftTargetNeeds
+) -> tuple[Tensor | None, ...]:
+    grads: tuple[Tensor | None, ...] = _kernels().soft_cross_entropy_backward(args, grad, state, kept, needs)
+    return grads
+
+
+def _sinkhorn(
+    query: Tensor, key: Tensor, scale: Tensor, steps: int, normalize: bool, precision: int
+) -> Tensor:
+    of_keys: Tensor = _kernels().sinkhorn(query, key, scale, steps, normalize, precision)
+    return of_keys
+
+
 def _topk(args: TopK) -> tuple[Tensor, Tensor]:
     values, indices = _kernels().topk(args)
     return values, indices
@@ -99,6 +130,11 @@ BACKEND = Backend(
     note="float64, masks and lists of pair sets go to 'chunked'; its speed is not measured yet",
     stats_forward=_stats_forward,
     stats_backward=_stats_backward,
+    logistic=_logistic,
+    logistic_backward=_logistic_backward,
+    soft_cross_entropy=_soft_cross_entropy,
+    soft_cross_entropy_backward=_soft_cross_entropy_backward,
+    sinkhorn=_sinkhorn,
     topk=_topk,
     mochi=_mochi,
     enqueue=_enqueue,

@@ -18,7 +18,7 @@ from fastcl.kernels.device import attend, gradient, rows, statistics
 from fastcl.kernels.device.tile import Partials, Side, Stored
 from fastcl.similarity.fields import NEGATIVE_STATE, RUNNING, STATE, STATISTICS
 from fastcl.similarity.numerics import LOG2E, matmul_precision_level
-from fastcl.similarity.problem import Problem
+from fastcl.similarity.problem import Problem, SoftTargets
 
 INTERPRETED = triton.knobs.runtime.interpret
 # enough programs to fill any GPU of today; fixed, so that results depend on shapes only
@@ -36,7 +36,7 @@ def at_its_precision(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` of a problem, with products formed as the problem says."""
 
     @functools.wraps(function)
-    def call(problem: Problem, *args: Any) -> Any:
+    def call(problem: Problem | SoftTargets, *args: Any) -> Any:
         token = _precision.set(problem.precision)
         try:
             return function(problem, *args)
@@ -175,31 +175,43 @@ class Plan(NamedTuple):
     options: dict[str, Any]
 
 
-def plan(kernel: str, own: Side, other: Side, fill: bool = False) -> Plan:
+def plan(
+    kernel: str, own: Side, other: Side, fill: bool = False, beside: tuple[Side, Side] | None = None
+) -> Plan:
     """How ``kernel`` walks own rows (blocks) and other rows (splits of tiles).
 
-    ``fill``: blocks of fewer rows, down to 16, where there are few.
+    ``fill``: blocks of fewer rows, down to 16, where there are few. ``beside``: the sides of the products
+    that the kernel forms besides, for its target.
     """
-    width, dtype = own.rows.shape[1], dot_dtype(own.rows, other.rows)
-    stored = width > tiles.MAX_WIDTH
-    tile = tiles.tile(kernel, tiles.architecture(own.rows.device), dtype, min(width, tiles.MAX_WIDTH))
+    sides = [(own, other)] if beside is None else [(own, other), beside]
+    dtype = max((dot_dtype(a.rows, b.rows) for a, b in sides), key=lambda dtype: dtype.itemsize)
+    width = min(max(a.rows.shape[1] for a, _ in sides), tiles.MAX_WIDTH)
+    tile = tiles.tile(kernel, tiles.architecture(own.rows.device), dtype, width)
     while fill and tile.block_m > 16 and triton.cdiv(own.count, tile.block_m) < _PROGRAMS // 2:
         tile = tile._replace(block_m=tile.block_m // 2)
     blocks = triton.cdiv(own.count, tile.block_m)
-    splits = max(1, min(triton.cdiv(other.count, tile.block_n), _PROGRAMS // max(1, blocks)))
-    block_d = tiles.block_width(1 if stored else width)
     options = {
-        "D": width,
-        "BLOCK_D": block_d,
-        "BLOCK_K": min(tile.block_k or block_d, block_d),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "DOT": _DOT[dtype],
         "PRECISION": input_precision(own.rows.device),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
-    return Plan(tile, (blocks, splits), options)
+    for prefix, (a, b) in zip(("", "TARGET_"), sides, strict=False):
+        width = a.rows.shape[1]
+        block_d = tiles.block_width(1 if width > tiles.MAX_WIDTH else width)
+        options |= {
+            f"{prefix}D": width,
+            f"{prefix}BLOCK_D": block_d,
+            f"{prefix}BLOCK_K": min(tile.block_k or block_d, block_d),
+            f"{prefix}DOT": _DOT[dot_dtype(a.rows, b.rows)],
+        }
+    return Plan(tile, (blocks, splits(blocks, other.count, tile)), options)
+
+
+def splits(blocks: int, others: int, tile: tiles.Tile) -> int:
+    """How many programs share the other rows of each block of own rows."""
+    return max(1, min(triton.cdiv(others, tile.block_n), _PROGRAMS // max(1, blocks)))
 
 
 def row_statistics(
@@ -290,19 +302,23 @@ def row_gradient(
     other_weights: Tensor | None,
     unit: Tensor,
     sums: bool = False,
+    weights: Any = gradient.tile_weights,
 ) -> tuple[Tensor, Tensor | None]:
-    """``sum_j dl_ij factor_j y_j`` (N, D) and, if asked for, ``sum_j dl_ij`` (N,)."""
+    """``sum_j dl_ij factor_j y_j`` (N, D) and, if asked for, ``sum_j dl_ij`` (N,).
+
+    ``weights``: the function on the device that forms the logits' gradients.
+    """
     walk = plan("gradient", own, other)
-    splits = walk.grid[1]
-    partial = scale.new_empty(splits, *own.rows.shape)
-    partial_sums = scale.new_empty(splits, own.count) if sums else None
+    partial = scale.new_empty(walk.grid[1], *own.rows.shape)
+    partial_sums = scale.new_empty(walk.grid[1], own.count) if sums else None
     arguments = (own, other, scale, own_weights, other_weights, unit, partial, partial_sums)
-    launch(gradient.gradient, walk.grid, *arguments, **walk.options)
+    launch(gradient.gradient, walk.grid, *arguments, WEIGHTS=weights, **walk.options)
+    return over_splits(partial), None if partial_sums is None else over_splits(partial_sums)
 
-    def total(parts: Tensor) -> Tensor:
-        return parts[0] if splits == 1 else parts.sum(dim=0)
 
-    return total(partial), None if partial_sums is None else total(partial_sums)
+def over_splits(parts: Tensor) -> Tensor:
+    """The sum of what each split found."""
+    return parts[0] if parts.shape[0] == 1 else parts.sum(dim=0)
 
 
 def power_of_two_over(largest: Tensor) -> Tensor:
@@ -318,14 +334,15 @@ def logit_gradient(
     own_weights: Tensor | None,
     other_weights: Tensor | None = None,
     unit: Tensor | None = None,
+    weights: Any = gradient.tile_weights,
 ) -> Tensor:
     """The logits' gradients (N, M) of stored products, times ``unit``, in the dtype of products."""
     dtype = dot_dtype(own.rows, other.rows)
     result = scale.new_empty(own.count, other.count, dtype=dtype)
-    tile = tiles.tile("statistics", tiles.architecture(scale.device), dtype, tiles.MAX_WIDTH)
+    walk = plan("statistics", own, other)
     launch(
         gradient.logit_gradient,
-        (triton.cdiv(own.count, tile.block_m), triton.cdiv(other.count, tile.block_n)),
+        tile_grid(walk, own, other),
         own,
         other,
         scale,
@@ -334,10 +351,16 @@ def logit_gradient(
         other_weights,
         torch.ones_like(scale) if unit is None else unit,
         result,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
+        WEIGHTS=weights,
+        BLOCK_M=walk.tile.block_m,
+        BLOCK_N=walk.tile.block_n,
     )
     return result
+
+
+def tile_grid(walk: Plan, own: Side, other: Side) -> tuple[int, int]:
+    """A program for every tile."""
+    return triton.cdiv(own.count, walk.tile.block_m), triton.cdiv(other.count, walk.tile.block_n)
 
 
 def bias2(bias: Tensor | None) -> Tensor | None:

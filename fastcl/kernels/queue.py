@@ -76,9 +76,9 @@ def _best_ranks(query: Side, key: Side, k: int) -> Tensor:
         keys = launch.part(key, slice(start, min(key.count, start + _KEYS)))
         ranks = torch.empty(query.count, keys.count, dtype=torch.int64, device=best.device)
         walk = launch.plan("statistics", query, keys)
-        grid = (walk.grid[0], triton.cdiv(keys.count, walk.tile.block_n))
         matrix = launch.stored(query, keys) if query.rows.shape[1] > tiles.MAX_WIDTH else None
-        launch.launch(device_topk.rank, grid, query, keys, matrix, ranks, start, **walk.options)
+        arguments = (query, keys, matrix, ranks, start)
+        launch.launch(device_topk.rank, launch.tile_grid(walk, query, keys), *arguments, **walk.options)
         best = torch.cat([best, ranks], dim=1).topk(k, dim=1).values
     return best
 

@@ -7,12 +7,13 @@ library, a chunk of rows at a time, and the same kernels work on what it stored.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastcl.kernels import launch, tiles
+from fastcl.kernels.device.gradient import tile_weights
 from fastcl.kernels.device.layout import NEGATIVE_WEIGHTS, Weights
 from fastcl.kernels.device.tile import Partials, Side, Stored
 from fastcl.kernels.launch import UnitRows
@@ -35,7 +36,7 @@ from fastcl.similarity.problem import Needs, PairGradients, Prepared, Problem, i
 _CHUNK_ELEMENTS = 1 << 25
 
 
-class _Sides:
+class Sides:
     """Both sides of a problem as the kernels take them."""
 
     def __init__(self, problem: Problem) -> None:
@@ -77,7 +78,7 @@ _SLOPES = [i for i, name in enumerate(Weights._fields) if name.endswith("_slope"
 @launch.at_its_precision
 def stats_forward(problem: Problem, weighted_keys: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As :func:`fastcl.backends.chunked.stats_forward`."""
-    sides = _Sides(problem)
+    sides = Sides(problem)
     query, key, scale = sides.query, sides.key, sides.scale
     columns, column_state = scale.new_empty(STATISTICS, 0), scale.new_empty(STATE, 0)
     weighted = scale.new_empty(0)
@@ -111,37 +112,40 @@ def stats_backward(
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
     """As :func:`fastcl.backends.chunked.stats_backward`."""
-    sides = _Sides(problem)
+    sides = Sides(problem)
     labelled = sides.query.positive is not None
     query_weights = _weights(grad_rows, row_state, labelled)
     key_weights = query_weights if problem.symmetric else None
     if problem.columns:
         key_weights = _weights(grad_columns, column_state, labelled)
     unit = _weight_unit(sides, (query_weights, key_weights))
-    run = wide_gradients if sides.wide else _gradients
     wanted = wanted_pairs(problem, needs)
-    pairs = run(sides.query, sides.key, sides.scale, query_weights, key_weights, unit, *wanted)
+    pairs = gradients(sides.query, sides.key, sides.scale, query_weights, key_weights, unit, *wanted)
     return input_gradients(problem, sides.prepared(), pairs, needs)
 
 
-def _gradients(
+def gradients(
     query: Side,
     key: Side,
     scale: Tensor,
-    query_weights: Tensor,
+    query_weights: Tensor | None,
     key_weights: Tensor | None,
     unit: Tensor,
     want_query: bool,
     want_key: bool,
     want_bias: bool,
+    weights: Any = tile_weights,
 ) -> PairGradients:
+    """Pair gradients of rows of any width; ``weights`` as :func:`launch.row_gradient` takes it."""
+    of_both = (query_weights, key_weights)
+    if query.rows.shape[1] > tiles.MAX_WIDTH:
+        wanted = (want_query, want_key, want_bias)
+        return wide_gradients(query, key, scale, *of_both, unit, *wanted, weights=weights)
     query_sum = key_sum = bias_sum = None
     if want_query:
-        query_sum, _ = launch.row_gradient(query, key, scale, query_weights, key_weights, unit)
+        query_sum, _ = launch.row_gradient(query, key, scale, *of_both, unit, weights=weights)
     if want_key or want_bias:
-        key_sum, bias_sum = launch.row_gradient(
-            key, query, scale, key_weights, query_weights, unit, want_bias
-        )
+        key_sum, bias_sum = launch.row_gradient(key, query, scale, *of_both[::-1], unit, want_bias, weights)
     return PairGradients(query_sum, key_sum, bias_sum)
 
 
@@ -156,7 +160,7 @@ def _weights(grad: Tensor, state: Tensor, labelled: bool) -> Tensor:
     return torch.stack(weights if labelled else weights[:NEGATIVE_WEIGHTS])
 
 
-def _weight_unit(sides: _Sides, weights: Iterable[Tensor | None]) -> Tensor:
+def _weight_unit(sides: Sides, weights: Iterable[Tensor | None]) -> Tensor:
     """A power of two that brings the largest weight near 1: float16 would lose small ones."""
     one = sides.scale.new_ones(())
     if sides.query.rows.dtype != torch.float16:
@@ -177,7 +181,8 @@ class _Chunk(NamedTuple):
     by_key: Stored
 
 
-def _chunks(query: Side, key: Side) -> Iterator[_Chunk]:
+def chunks(query: Side, key: Side) -> Iterator[_Chunk]:
+    """Of rows that the library multiplies."""
     step = max(64, _CHUNK_ELEMENTS // max(1, key.count))
     for start in range(0, query.count, step):
         rows = slice(start, min(query.count, start + step))
@@ -186,7 +191,7 @@ def _chunks(query: Side, key: Side) -> Iterator[_Chunk]:
         yield _Chunk(rows, chunk, matrix, Stored(matrix.data, 1, key.count))
 
 
-def _operand(side: Side) -> Tensor:
+def operand(side: Side) -> Tensor:
     """Rows with their factor, in their own dtype."""
     rows: Tensor = side.rows
     return rows if side.factor is None else (rows.float() * side.factor[:, None]).to(rows.dtype)
@@ -198,15 +203,15 @@ def attend(query: Side, key: Side, scale: Tensor, spare: int = 0) -> tuple[Parti
         return launch.attend_keys(query, key, scale, spare)
     partials = scale.new_empty(1 + spare, NEGATIVE_STATE, query.count)
     weighted = scale.new_empty(1 + spare, *query.rows.shape)
-    operand = _operand(key)
-    for chunk in _chunks(query, key):
+    key_operand = operand(key)
+    for chunk in chunks(query, key):
         found, _ = launch.row_statistics(chunk.query, key, scale, chunk.by_query)
         _, state = launch.merge(found)
         maximum = state[NEG_MAX].masked_fill(state[NEG_MAX] == -torch.inf, 0.0)
         weights = torch.stack([maximum, torch.ones_like(maximum)])
         exponentials = launch.logit_gradient(chunk.query, key, scale, chunk.by_query, weights)
         partials[0][:, chunk.rows] = state[OF_NEGATIVES]
-        weighted[0][chunk.rows] = launch.matmul(exponentials, operand)
+        weighted[0][chunk.rows] = launch.matmul(exponentials, key_operand)
     return launch.as_partials(partials), weighted
 
 
@@ -218,7 +223,7 @@ def wide_statistics(
     fields = RUNNING if query.positive is not None else NEGATIVE_STATE
     running = scale.new_zeros(1, fields, key.count if columns else 0)
     running[:, MAXIMA] = -torch.inf
-    for chunk in _chunks(query, key):
+    for chunk in chunks(query, key):
         partials, _ = launch.row_statistics(chunk.query, key, scale, chunk.by_query)
         rows[:, chunk.rows], row_state[:, chunk.rows] = launch.merge(partials)
         if columns:
@@ -241,22 +246,25 @@ def wide_gradients(
     query: Side,
     key: Side,
     scale: Tensor,
-    query_weights: Tensor,
+    query_weights: Tensor | None,
     key_weights: Tensor | None,
     unit: Tensor,
     want_query: bool,
     want_key: bool,
     want_bias: bool = False,
+    weights: Any = tile_weights,
 ) -> PairGradients:
     """Pair gradients of rows that the library multiplies; both sides' from one pass."""
     new = scale.new_zeros
     query_sum = new(query.rows.shape) if want_query else None
     key_sum = new(key.rows.shape) if want_key else None
     bias_sum = new(key.count) if want_bias else None
-    query_operand, key_operand = _operand(query), _operand(key)
-    for chunk in _chunks(query, key):
-        weights = query_weights[:, chunk.rows].contiguous()
-        dlogits = launch.logit_gradient(chunk.query, key, scale, chunk.by_query, weights, key_weights, unit)
+    query_operand, key_operand = operand(query), operand(key)
+    for chunk in chunks(query, key):
+        own = None if query_weights is None else query_weights[:, chunk.rows].contiguous()
+        dlogits = launch.logit_gradient(
+            chunk.query, key, scale, chunk.by_query, own, key_weights, unit, weights
+        )
         if query_sum is not None:
             query_sum[chunk.rows] = launch.matmul(dlogits, key_operand) / unit
         if key_sum is not None:

@@ -60,7 +60,7 @@ def logistic_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def logistic(problem: Problem, bias: Tensor, backend: str = "auto") -> Tensor:
     """Sums (2, N) of softplus over negatives and positives, differentiable."""
-    chosen = choose(Request.of_sums(problem.query, "similarity_logistic"), backend)
+    chosen = choose(Request.of(problem.query, simple_rule=problem.has_simple_rule()), backend)
     if chosen.name == reference.BACKEND.name:
         return reference.logistic(problem, bias)
     sums: Tensor = torch.ops.fastcl.logistic(*problem, bias, chosen.name)
@@ -93,7 +93,7 @@ def soft_cross_entropy_gradient(ctx: Any, grad: Tensor, *_: Tensor | None) -> tu
 
 def soft_cross_entropy(args: SoftTargets, backend: str = "auto") -> Tensor:
     """Losses (V, N), differentiable in query, key and scale."""
-    chosen = choose(Request.of_sums(args.query, "soft_cross_entropy"), backend)
+    chosen = choose(Request.of(args.query, simple_rule=args.simple_exclude() is not None), backend)
     if chosen.name == reference.BACKEND.name:
         return reference.soft_cross_entropy(args)
     differentiated = torch.is_grad_enabled() and needs_of(args[:SOFT_TARGET_INPUTS])

@@ -27,8 +27,7 @@ def similarity_logistic(
 ) -> tuple[Tensor, Tensor]:
     """Sums of softplus of the logits ``scale * <query[i], key[j]> + bias[i]`` over each row's pairs.
 
-    Linear memory: logits are formed a tile at a time, and again in the backward pass; by fused kernels on
-    the CPU, elsewhere by plain torch.
+    Linear memory: logits are formed a tile at a time, and again in the backward pass, by fused kernels.
 
     Args:
         query: (N, D), any floating dtype.

@@ -80,8 +80,13 @@ class TopK(NamedTuple):
         rest = (self.within_query, self.exclude_keys, self.below)
         if self.only or not self.largest or any(x is not None for x in rest):
             return None
-        ids = tuple(self.exclude)
-        return ids if not ids or (len(ids) == 2 and ids[0].dim() == 1) else None
+        return _only_ids(self.exclude)
+
+
+def _only_ids(sets: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+    """The ids of the queries and the keys, or nothing, if that is all that sets of pairs say; else None."""
+    ids = tuple(sets)
+    return ids if not ids or (len(ids) == 2 and ids[0].dim() == 1) else None
 
 
 class SoftTargets(NamedTuple):
@@ -107,6 +112,11 @@ class SoftTargets(NamedTuple):
     def counts(self) -> tuple[int, int]:
         """How many rows a view has, and how many keys there are."""
         return self.query.shape[1], self.key.shape[0]
+
+    def simple_exclude(self) -> tuple[Tensor, ...] | None:
+        """As :meth:`TopK.simple_exclude`."""
+        rest = (self.within_query, self.exclude_keys)
+        return None if any(x is not None for x in rest) else _only_ids(self.exclude)
 
 
 SOFT_TARGET_FIELDS = len(SoftTargets._fields)

@@ -13,6 +13,7 @@ from fastcl.testing.cases import (
     backends,
     generator,
     make_case,
+    takes_masks,
 )
 from fastcl.testing.dense import (
     dense_clip_loss,
@@ -57,5 +58,6 @@ __all__ = [
     "example_mask",
     "generator",
     "make_case",
+    "takes_masks",
     "value_and_grads",
 ]

@@ -46,6 +46,11 @@ def backends() -> tuple[str, ...]:
     return ("reference", "chunked", "cpu") if built else ("reference", "chunked")
 
 
+def takes_masks(backend: str) -> bool:
+    """Whether a backend serves rules that are more than one test of ids each."""
+    return backend != "triton"
+
+
 class Case(NamedTuple):
     """Inputs of one call in the widest dtype under test, with ids for both sides."""
 

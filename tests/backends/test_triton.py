@@ -82,6 +82,80 @@ def test_rows_around_and_beyond_the_widest_tile(width, dtype):
             check(case, dtype, ("scale",), normalize=True, columns=False)
 
 
+@needs_kernels
+@pytest.mark.parametrize("widths", [(256, 20), (300, 20), (20, 300), (300, 400)], ids=str)
+def test_sums_of_wide_rows(widths):
+    import test_logistic
+    import test_soft_targets
+
+    width, target_width = widths
+    with fastcl.use_backend("triton"):
+        for dtype in (torch.float32, torch.bfloat16):
+            shape = (33, 70, width)
+            test_logistic.check(testing.make_case("random", shape), dtype, scale=0.1, per_row=True)
+            test_soft_targets.check("random", shape, dtype, views=2, teachers=2, width=target_width)
+
+
+@needs_kernels
+def test_the_chunks_of_wide_soft_targets_add_up(monkeypatch):
+    import test_soft_targets
+
+    from fastcl.kernels import soft_targets
+
+    monkeypatch.setattr(soft_targets, "_CHUNK_ELEMENTS", 0)
+    with fastcl.use_backend("triton"):
+        for widths in ((300, 20), (20, 300)):
+            shape = (70, 40, widths[0])
+            test_soft_targets.check("duplicate-ids", shape, views=2, teachers=2, width=widths[1])
+
+
+@needs_kernels
+def test_targets_of_another_dtype():
+    """A teacher and its centre in float64."""
+    query, key = (torch.randn(n, 16, requires_grad=True) for n in (20, 30))
+    targets = torch.randn(20, 24, dtype=torch.float64), torch.randn(30, 24, dtype=torch.float64)
+    options = {"target_bias": torch.randn(30, dtype=torch.float64), "reduction": "sum"}
+    with fastcl.use_backend("triton"):
+        loss = fastcl.soft_cross_entropy(query, key, *targets, **options)
+    exact = testing.dense_soft_cross_entropy(query.double(), key.double(), *targets, **options)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+    for got, wanted in zip(*(torch.autograd.grad(x, (query, key)) for x in (loss, exact)), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+def test_both_softmaxes_are_found_in_one_pass(launched):
+    query = torch.randn(3, 20, 16, requires_grad=True)
+    key, targets = torch.randn(30, 16), (torch.randn(2, 20, 8), torch.randn(30, 8))
+    loss = fastcl.soft_cross_entropy(query, key, *targets, normalize=False)
+    assert launched == ["soft_cross_entropy", "soft_losses"]
+    launched.clear()
+    loss.backward()
+    assert launched == ["soft_gradient"]
+
+
+@needs_kernels
+def test_a_step_of_siglip(launched):
+    images, texts = (torch.randn(20, 16, requires_grad=True) for _ in range(2))
+    loss = fastcl.siglip_loss(images, texts, 10.0, -10.0, normalize=False)
+    assert launched == ["logistic"]
+    launched.clear()
+    loss.backward()
+    assert launched == ["gradient", "gradient"]
+
+
+@needs_kernels
+def test_rules_that_are_more_than_a_test_of_ids_are_refused():
+    x = torch.randn(3, 4)
+    mask, named = torch.eye(3) > 0, torch.zeros(3, 1, dtype=torch.int64)
+    with fastcl.use_backend("triton"):
+        with pytest.raises(RuntimeError, match="served by 'chunked'"):
+            fastcl.similarity_logistic(x, x, rule=fastcl.PairRule(positive=mask))
+        for rule in ({"exclude": mask}, {"exclude_keys": named}, {"within": (named[:, 0], named[:, 0])}):
+            with pytest.raises(RuntimeError, match="served by 'chunked'"):
+                fastcl.soft_cross_entropy(x, x, x, x, rule=fastcl.PairRule(**rule))
+
+
 def test_float64_goes_to_chunked_and_says_so():
     assert "triton" in fastcl.show_config()
     assert "float64, masks and lists of pair sets go to 'chunked'" in fastcl.show_config()

@@ -6,7 +6,17 @@ import triton
 import triton.language as tl
 
 from fastcl.kernels.device.layout import NEG_TOTAL, NEGATIVE_STATE
-from fastcl.kernels.device.tile import LOG2E, finite, included, load_rows, load_vector, logits, products
+from fastcl.kernels.device.tile import (
+    LOG2E,
+    finite,
+    included,
+    load_rows,
+    logits,
+    products,
+    pulled,
+    split_of,
+    store_rows,
+)
 
 
 @triton.jit
@@ -34,10 +44,8 @@ def attend(
     maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     pull = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    tiles = tl.cdiv(other.count, BLOCK_N)
-    share = tl.cdiv(tiles, tl.num_programs(1))
-    start = split * share
-    for tile in range(start, tl.minimum(start + share, tiles)):
+    start, end = split_of(other.count, BLOCK_N)
+    for tile in range(start, end):
         others = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         other_tile = load_rows(other, others, 0, D, BLOCK_D, DOT)
         dots = products(own, other, rows, others, own_tile, other_tile, D, BLOCK_D, BLOCK_K, DOT, PRECISION)
@@ -48,16 +56,12 @@ def attend(
         rescale = tl.exp2(maximum - shift)
         total = total * rescale + tl.sum(weights, 1)
         maximum = new_maximum
-        if other.factor is not None:
-            weights *= load_vector(other.factor, others, other)[None, :]
-        pull = tl.dot(weights.to(DOT), other_tile, pull * rescale[:, None], input_precision=PRECISION)
+        pull = pulled(pull * rescale[:, None], weights, other, others, other_tile, 1.0, DOT, PRECISION)
     inside = rows < own.count
     target = partials + split.to(tl.int64) * NEGATIVE_STATE * own.count + rows
     tl.store(target, maximum, mask=inside)
     tl.store(target + NEG_TOTAL * own.count, total, mask=inside)
-    components = tl.arange(0, BLOCK_D)
-    target = weighted + (split.to(tl.int64) * own.count + rows)[:, None] * D + components[None, :]
-    tl.store(target, pull, mask=inside[:, None] & (components[None, :] < D))
+    store_rows(weighted, pull, rows, own.count, D, BLOCK_D)
 
 
 @triton.jit

@@ -13,7 +13,10 @@ from fastcl.kernels.device.tile import (
     load_vector,
     logits,
     products,
+    pulled,
     split_by_label,
+    split_of,
+    store_rows,
     stored_products,
 )
 
@@ -39,7 +42,8 @@ def side_weights(side, weights, indices, negatives, positives, axis: tl.constexp
 @triton.jit
 def tile_weights(own, other, own_weights, other_weights, rows, others, dots, scale2):
     """The logits' gradients of a tile, [BM, BN]."""
-    values = included(own, other, rows, others, logits(own, other, rows, others, dots, scale2))
+    values = logits(own, other, rows, others, dots, scale2, own_weights is None)
+    values = included(own, other, rows, others, values)
     positives = values
     if own.positive is not None:
         values, positives = split_by_label(own, other, rows, others, values)
@@ -68,6 +72,7 @@ def accumulate(
     BLOCK_N: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    WEIGHTS: tl.constexpr = tile_weights,
 ):
     """``sum_j dl_ij factor_j y_j`` [BM, BLOCK_D] and ``sum_j dl_ij`` [BM] over this program's split."""
     own_tile = None
@@ -75,19 +80,14 @@ def accumulate(
         own_tile = load_rows(own, rows, 0, D, BLOCK_D, DOT)
     total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    tiles = tl.cdiv(other.count, BLOCK_N)
-    share = tl.cdiv(tiles, tl.num_programs(1))
-    start = tl.program_id(1) * share
-    for tile in range(start, tl.minimum(start + share, tiles)):
+    start, end = split_of(other.count, BLOCK_N)
+    for tile in range(start, end):
         others = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         other_tile = load_rows(other, others, 0, D, BLOCK_D, DOT)
         dots = products(own, other, rows, others, own_tile, other_tile, D, BLOCK_D, BLOCK_K, DOT, PRECISION)
-        weights = tile_weights(own, other, own_weights, other_weights, rows, others, dots, scale2)
+        weights = WEIGHTS(own, other, own_weights, other_weights, rows, others, dots, scale2)
         row_sum += tl.sum(weights, 1)
-        factor = unit
-        if other.factor is not None:
-            factor = unit * load_vector(other.factor, others, other)[None, :]
-        total = tl.dot((weights * factor).to(DOT), other_tile, total, input_precision=PRECISION)
+        total = pulled(total, weights, other, others, other_tile, unit, DOT, PRECISION)
     return total / unit, row_sum
 
 
@@ -96,11 +96,12 @@ def gradient(
     own,
     other,
     scale,  # () float32
-    own_weights,  # Weights of the rows or None
+    own_weights,  # Weights of the rows or None, or what else WEIGHTS takes
     other_weights,  # of the columns or None
     unit,  # () float32
     row_gradient,  # [splits, N, D]
     row_sums,  # [splits, N] or None
+    WEIGHTS: tl.constexpr,  # the function that forms the logits' gradients of a tile
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -127,10 +128,9 @@ def gradient(
         BLOCK_N,
         DOT,
         PRECISION,
+        WEIGHTS,
     )
-    components = tl.arange(0, BLOCK_D)
-    target = row_gradient + (split.to(tl.int64) * own.count + rows)[:, None] * D + components[None, :]
-    tl.store(target, total, mask=(rows[:, None] < own.count) & (components[None, :] < D))
+    store_rows(row_gradient, total, rows, own.count, D, BLOCK_D)
     if row_sums is not None:
         tl.store(row_sums + split.to(tl.int64) * own.count + rows, row_sum, mask=rows < own.count)
 
@@ -141,10 +141,11 @@ def logit_gradient(
     other,
     scale,  # () float32
     matrix,  # stored products
-    own_weights,  # Weights of the rows or None
-    other_weights,  # of the columns or None
+    own_weights,  # as of gradient
+    other_weights,
     unit,  # () float32
     result,  # [N, M] in the dtype of the products
+    WEIGHTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -152,7 +153,13 @@ def logit_gradient(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     others = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     dots = stored_products(matrix, own, other, rows, others)
-    weights = tile_weights(own, other, own_weights, other_weights, rows, others, dots, tl.load(scale) * LOG2E)
+    weights = WEIGHTS(own, other, own_weights, other_weights, rows, others, dots, tl.load(scale) * LOG2E)
+    store_tile(result, weights * tl.load(unit), own, other, rows, others)
+
+
+@triton.jit
+def store_tile(result, values, own, other, rows, others):
+    """A tile [BM, BN] of an (N, M) matrix, in its dtype."""
     inside = (rows[:, None] < own.count) & (others[None, :] < other.count)
     target = result + rows.to(tl.int64)[:, None] * other.count + others[None, :]
-    tl.store(target, (weights * tl.load(unit)).to(result.dtype.element_ty), mask=inside)
+    tl.store(target, values.to(result.dtype.element_ty), mask=inside)

@@ -22,6 +22,17 @@ class Weights(NamedTuple):
 
 NEGATIVE_WEIGHTS = Weights._fields.index("pos_max")  # how many there are without positives
 
+
+class SoftPartial(NamedTuple):
+    """What a pass over some keys finds of a view's and a teacher's softmax of a row, in this order."""
+
+    view_max: Tensor  # of the logits, in log2 units
+    view_total: Tensor  # sum of exp2(logit - view_max)
+    target_max: Tensor
+    target_total: Tensor
+    distance: Tensor  # sum of exp2(target logit - target_max) (view_max - logit)
+
+
 LSE_NEG = tl.constexpr(fields.LSE_NEG)
 LSE_POS = tl.constexpr(fields.LSE_POS)
 POS_SUM = tl.constexpr(fields.POS_SUM)
@@ -39,7 +50,17 @@ PARTIAL_SUM = tl.constexpr(fields.RUNNING_SUMS.start)
 PARTIAL_COUNT = tl.constexpr(fields.RUNNING_SUMS.start + 1)
 RUNNING = tl.constexpr(fields.RUNNING)
 
+OF_POSITIVES = tl.constexpr(1)  # of sums over negatives, then positives
+
 NEG_SLOPE = tl.constexpr(Weights._fields.index("neg_slope"))
 POS_SHIFT = tl.constexpr(Weights._fields.index("pos_max"))
 POS_SLOPE = tl.constexpr(Weights._fields.index("pos_slope"))
 SUM_SLOPE = tl.constexpr(Weights._fields.index("sum_slope"))
+LOSS_SLOPE = tl.constexpr(NEGATIVE_WEIGHTS)  # of softmaxes: after the maximum and 1 / sum
+
+VIEW_MAX = tl.constexpr(SoftPartial._fields.index("view_max"))
+VIEW_TOTAL = tl.constexpr(SoftPartial._fields.index("view_total"))
+TARGET_MAX = tl.constexpr(SoftPartial._fields.index("target_max"))
+TARGET_TOTAL = tl.constexpr(SoftPartial._fields.index("target_total"))
+DISTANCE = tl.constexpr(SoftPartial._fields.index("distance"))
+SOFT_PARTIAL = tl.constexpr(len(SoftPartial._fields))

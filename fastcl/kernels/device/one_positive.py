@@ -12,7 +12,7 @@ from fastcl.kernels.device.gradient import accumulate
 from fastcl.kernels.device.layout import NEG_SLOPE
 from fastcl.kernels.device.rows import NORM_EPS, power_of_two_below
 from fastcl.kernels.device.statistics import log_sum, negatives_state
-from fastcl.kernels.device.tile import LOG2E, finite, load_rows, load_vector
+from fastcl.kernels.device.tile import LN2, LOG2E, finite, load_rows, load_vector, log2_of_1_plus
 
 
 class Direction(NamedTuple):
@@ -32,13 +32,8 @@ def direction_loss(direction, rows, n_rows, positive_logit, share, SLOTS: tl.con
     maximum, total = negatives_state(direction.partials, direction.triangle, own, direction.count, SLOTS)
     margin = log_sum(maximum, total) - positive_logit
     decay = tl.exp2(-tl.abs(margin) * LOG2E)
-    # log1p without cancellation: 1 + decay is rounded, the quotient makes up for it
-    rounded = 1.0 + decay
-    log1p = tl.where(
-        rounded == 1.0, decay, tl.log(rounded) * (decay / tl.where(rounded == 1.0, 1.0, rounded - 1.0))
-    )
-    loss = tl.where(margin > 0.0, margin, 0.0) + log1p
-    slope = share * tl.where(margin > 0.0, 1.0, decay) / rounded
+    loss = tl.where(margin > 0.0, margin, 0.0) + log2_of_1_plus(decay) * LN2
+    slope = share * tl.where(margin > 0.0, 1.0, decay) / (1.0 + decay)
     weight = slope / tl.where(total == 0.0, float("inf"), total)
     tl.store(direction.weights + own, finite(maximum), mask=rows < n_rows)
     tl.store(direction.weights + NEG_SLOPE * direction.count + own, weight, mask=rows < n_rows)

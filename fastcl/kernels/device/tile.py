@@ -62,6 +62,23 @@ def load_rows(side, indices, start, D: tl.constexpr, BLOCK: tl.constexpr, DOT: t
 
 
 @triton.jit
+def store_rows(target, values, rows, count, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows [B, BLOCK] to this program's split of a (splits, count, D) tensor."""
+    components = tl.arange(0, BLOCK)[None, :]
+    offsets = (tl.program_id(1).to(tl.int64) * count + rows)[:, None] * D + components
+    tl.store(target + offsets, values, mask=(rows[:, None] < count) & (components < D))
+
+
+@triton.jit
+def split_of(count, BLOCK: tl.constexpr):
+    """First and end of this program's share of the tiles of ``count`` rows."""
+    tiles = tl.cdiv(count, BLOCK)
+    share = tl.cdiv(tiles, tl.num_programs(1))
+    start = tl.program_id(1) * share
+    return start, tl.minimum(start + share, tiles)
+
+
+@triton.jit
 def load_vector(pointer, indices, side):
     """One value per row, 0 outside."""
     return tl.load(pointer + indices, mask=indices < side.count, other=0)
@@ -130,14 +147,25 @@ def dots_of(
 
 
 @triton.jit
-def logits(own, other, own_rows, other_rows, dots, scale2):
-    """Log2-unit logits of a tile of products, [BM, BN]."""
-    if own.factor is None:
-        result = dots * scale2
+def times_factor(values, side, indices, scale, axis: tl.constexpr):
+    """A tile times a side's factor and a scale."""
+    if side.factor is None:
+        result = values * scale
     else:
-        result = dots * (load_vector(own.factor, own_rows, own) * scale2)[:, None]
-    if other.factor is not None:
-        result *= load_vector(other.factor, other_rows, other)[None, :]
+        result = values * tl.expand_dims(load_vector(side.factor, indices, side) * scale, axis)
+    return result
+
+
+@triton.jit
+def logits(own, other, own_rows, other_rows, dots, scale2, OF_OTHER: tl.constexpr = False):
+    """Log2-unit logits of a tile of products, [BM, BN].
+
+    ``OF_OTHER``: rounded as a pass over the other side's rows has rounded them.
+    """
+    if OF_OTHER:
+        result = times_factor(times_factor(dots, other, other_rows, scale2, 0), own, own_rows, 1.0, 1)
+    else:
+        result = times_factor(times_factor(dots, own, own_rows, scale2, 1), other, other_rows, 1.0, 0)
     if own.bias is not None:
         result += load_vector(own.bias, own_rows, own)[:, None]
     if other.bias is not None:
@@ -161,18 +189,44 @@ def included(own, other, own_rows, other_rows, values):
 
 
 @triton.jit
-def split_by_label(own, other, own_rows, other_rows, values):
-    """``values`` for the negatives and for the positives, -inf elsewhere."""
+def same_label(own, other, own_rows, other_rows):
+    """Which pairs of a tile have equal positive-ids."""
     own_ids = load_vector(own.positive, own_rows, own)
     other_ids = load_vector(other.positive, other_rows, other)
-    same = own_ids[:, None] == other_ids[None, :]
+    return own_ids[:, None] == other_ids[None, :]
+
+
+@triton.jit
+def split_by_label(own, other, own_rows, other_rows, values):
+    """``values`` for the negatives and for the positives, -inf elsewhere."""
+    same = same_label(own, other, own_rows, other_rows)
     return tl.where(same, float("-inf"), values), tl.where(same, values, float("-inf"))
+
+
+@triton.jit
+def pulled(total, weights, other, other_rows, other_tile, unit, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """``total`` [BM, BLOCK_D] and ``sum_j weights_ij factor_j y_j`` of a tile, ``unit`` times."""
+    factor = unit
+    if other.factor is not None:
+        factor = unit * load_vector(other.factor, other_rows, other)[None, :]
+    return tl.dot((weights * factor).to(DOT), other_tile, total, input_precision=PRECISION)
 
 
 @triton.jit
 def finite(maximum):
     """``maximum``, 0 where it is -inf: what exponents may be taken against."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def log2_of_1_plus(x):
+    """``log2(1 + x)`` for x from 0 to 1, as accurate as x: the series of the inverse hyperbolic tangent."""
+    quotient = x / (2.0 + x)
+    square = quotient * quotient
+    series = square * 0.0
+    for term in tl.static_range(7):  # each at most a ninth of the one before
+        series = series * square + 2.0 * LOG2E / (13 - 2 * term)
+    return quotient * series
 
 
 @triton.jit

@@ -105,5 +105,5 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
-	FASTCL_BUILD=$(BUILD) $(BIN)/pip install --quiet --no-build-isolation '$(TORCH)' -e '.[train,bench,test,lint,docs]'
+	FASTCL_BUILD=$(BUILD) $(BIN)/pip install --quiet --no-build-isolation '$(TORCH)' -e '.[train,bench,test,peers,lint,docs]'
 	touch $@

@@ -118,6 +118,15 @@ class NegativeQueue(nn.Module):
             shown = ", ".join(map(str, rows[:20])) + (", ..." if len(rows) > 20 else "")
             raise ValueError(f"{len(rows)} of {self.size} keys are not finite: rows {shown}")
 
+    def moco_state_dict(self) -> dict[str, Tensor]:
+        """Keys and pointer in the official MoCo layout, which has no place for ids; copies.
+
+        Returns:
+            ``queue`` (dim, size) float32 and ``queue_ptr`` (1,) int64.
+        """
+        queue = torch.empty(self.dim, self.size, device=self.keys.device, dtype=torch.float32)
+        return {"queue": queue.copy_(self.keys.T), "queue_ptr": self.pointer.reshape(1).clone()}
+
     def load_moco_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Take keys and pointer from a checkpoint in the official MoCo layout.
 

@@ -1,7 +1,7 @@
 """Thin trainers: Lightning runs the loop, torchvision gives the networks, fastcl the loss."""
 
 try:
-    from fastcl.train.vision import ensure_torchvision
+    from fastcl.integrations.vision import ensure_torchvision
 
     ensure_torchvision()
 

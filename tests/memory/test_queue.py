@@ -10,6 +10,7 @@ import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.library import opcheck
 
 import fastcl
@@ -79,6 +80,39 @@ def test_loads_the_official_moco_layout():
         queue.load_moco_state_dict({"queue": torch.randn(4, 6)})
     with pytest.raises(ValueError, match=r"\(4, 6\).*\(6, 4\)"):
         queue.load_moco_state_dict({"queue": torch.randn(6, 4), "queue_ptr": torch.zeros(1)})
+
+
+class OfficialMoCo(nn.Module):
+    """The buffers of MoCo's official code, and how it writes them."""
+
+    def __init__(self, dim, size):
+        super().__init__()
+        self.register_buffer("queue", F.normalize(torch.randn(dim, size), dim=0))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+
+    def enqueue(self, keys):
+        pointer = int(self.queue_ptr)
+        self.queue[:, pointer : pointer + len(keys)] = keys.T
+        self.queue_ptr[0] = (pointer + len(keys)) % self.queue.shape[1]
+
+
+@pytest.mark.parametrize("stored", DTYPES)
+def test_writes_the_official_moco_layout(stored):
+    """The official module takes it strictly, goes on as the queue does, and is read back."""
+    queue, official, again = NegativeQueue(6, 4, dtype=stored), OfficialMoCo(4, 6), NegativeQueue(6, 4)
+    queue.enqueue(torch.randn(2, 4))
+    written = queue.moco_state_dict()
+    described = {name: (x.shape, x.dtype, x.is_contiguous()) for name, x in written.items()}
+    assert described == {n: (x.shape, x.dtype, True) for n, x in official.state_dict().items()}
+    official.load_state_dict(written)
+    again.load_moco_state_dict(written)
+    for _ in range(3):
+        keys = F.normalize(torch.randn(2, 4), dim=1)
+        for each in (queue, official, again):
+            each.enqueue(keys)
+    for other in (official.state_dict(), again.moco_state_dict()):
+        torch.testing.assert_close(queue.moco_state_dict(), dict(other), rtol=0, atol=torch.finfo(stored).eps)
+    assert not torch.equal(written["queue"], official.queue)  # a copy, which enqueue does not change
 
 
 @pytest.mark.parametrize("stored", DTYPES)

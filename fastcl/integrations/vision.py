@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 
 import torch
 
@@ -11,12 +12,14 @@ _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 def ensure_torchvision() -> None:
-    """Import torchvision; call this before anything else imports it (Lightning does).
+    """Import torchvision, where it is installed; call this before anything else imports it (Lightning does).
 
     A CUDA build of torchvision cannot load its operators beside a CPU-only PyTorch, and its import then
     fails on those it registers shape functions for. Their schemas alone are enough for the import, and
-    training uses none of them.
+    nothing here uses them.
     """
+    if importlib.util.find_spec("torchvision") is None:
+        return
     try:
         importlib.import_module("torchvision")
     except RuntimeError as error:

@@ -2,6 +2,7 @@
 # make test    the tests
 # make triton  the tests of the Triton kernels through its interpreter, and their machine code for four GPUs
 # make docs    the documentation's site under build/site
+# make examples  the programs of examples/, and its notebook as a page under build/examples
 # make bench   the benchmarks, as a table and a picture under bench/results/
 # make lint    formatting, lint and types
 # make asan    the tests of the native code under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 BUILD ?= auto
 NATIVE := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: demo test quick triton docs bench lint format asan tsan cuda-code wheel clean
+.PHONY: demo test quick triton docs examples bench lint format asan tsan cuda-code wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastcl train simclr --data digits --out runs/digits --overwrite
@@ -38,6 +39,10 @@ triton: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+examples: $(VENV)/.installed
+	set -e; for example in examples/*.py; do $(BIN)/python $$example; done
+	$(BIN)/jupyter nbconvert --execute --to html --output-dir build/examples examples/*.ipynb
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench.run
@@ -106,5 +111,5 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
-	FASTCL_BUILD=$(BUILD) $(BIN)/pip install --quiet --no-build-isolation '$(TORCH)' -e '.[train,bench,test,peers,lint,docs]'
+	FASTCL_BUILD=$(BUILD) $(BIN)/pip install --quiet --no-build-isolation '$(TORCH)' -e '.[train,bench,test,peers,examples,lint,docs]'
 	touch $@

@@ -24,7 +24,7 @@ class Evaluation(ABC):
     """
 
     measures: ClassVar[tuple[str, ...]]
-    rare: ClassVar[tuple[str, ...]] = ()
+    rare: tuple[str, ...] = ()
     lines: ClassVar[Mapping[str, str]]
     possible = True
 

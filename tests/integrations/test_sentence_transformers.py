@@ -145,7 +145,7 @@ def test_errors_and_settings_are_the_originals():
         {"directions": EVERY[::2], "partition_mode": "per_direction"},
         {"mini_batch_size": 3, "similarity_fct": euclidean_sim},
     ],
-    ids=str,
+    ids="+".join,
 )
 def test_the_cached_loss(options):
     model, features = Words(), columns(3)

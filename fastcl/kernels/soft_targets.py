@@ -56,8 +56,8 @@ class _Sides:
         def some(x: Tensor | None, dim: int = 0) -> Tensor | None:
             if x is None:
                 return None
-            stacked = x.unflatten(dim, (self.count, self.rows))
-            return stacked.movedim(dim + 1, 0)[rows].movedim(0, dim + 1).flatten(dim, dim + 1)
+            of_each = x.unflatten(dim, (self.count, self.rows))
+            return of_each.narrow(dim + 1, rows.start, rows.stop - rows.start).flatten(dim, dim + 1)
 
         query, key = self.sides.query, self.sides.key
         own_rows = some(query.rows)

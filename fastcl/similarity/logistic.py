@@ -27,7 +27,8 @@ def similarity_logistic(
 ) -> tuple[Tensor, Tensor]:
     """Sums of softplus of the logits ``scale * <query[i], key[j]> + bias[i]`` over each row's pairs.
 
-    Linear memory: logits are formed a tile at a time, and again in the backward pass, by fused kernels.
+    Linear memory: logits are formed a tile at a time, and again in the backward pass, by fused
+    kernels where a backend has them.
 
     Args:
         query: (N, D), any floating dtype.

@@ -50,7 +50,7 @@ def soft_cross_entropy(
     ``q_i = softmax_j(<target_query_i, target_key_j> / target_temperature + target_bias_j)``, excluded keys
     in neither. Targets are constants. DINO (Caron et al. 2021, https://arxiv.org/abs/2104.14294), SwAV
     (Caron et al. 2020, https://arxiv.org/abs/2006.09882). Linear memory: both softmaxes are formed a tile at
-    a time, and again in the backward pass, by fused kernels.
+    a time, and again in the backward pass, by fused kernels where a backend has them.
 
     Args:
         query: (N, D), or (V, N, D): V views of each row, which share its target.

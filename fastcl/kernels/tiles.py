@@ -38,7 +38,7 @@ def block_width(width: int) -> int:
 
 @functools.cache
 def tile(kernel: str, architecture: str, dtype: torch.dtype, width: int) -> Tile:
-    """The tile of a kernel ('statistics', 'attend' or 'gradient') for rows of up to 256 components."""
+    """The tile of a kernel of the table, say 'gradient', for rows of up to 256 components."""
     if architecture == "interpreter":
         return INTERPRETED
     table = json.loads(TABLE.read_text())

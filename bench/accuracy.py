@@ -28,9 +28,10 @@ SHARED = (
     *("--optimizer=adamw", "--lr=2e-3", "--weight-decay=1e-4", "--warmup-epochs=1", "--evaluate-every=2"),
 )
 OWN = {
-    "moco": ("--queue-size=4096", "--momentum=0.99"),
+    "simclr": ("--batch-size=128", "--lr=3e-3", "--temperature=0.2"),
+    "moco": ("--batch-size=128", "--lr=3e-3", "--queue-size=4096", "--momentum=0.99"),
     "mochi": ("--queue-size=4096", "--momentum=0.99", "--mix-from-epoch=3"),
-    "byol": ("--dim=128", "--hidden=512"),
+    "byol": ("--batch-size=64", "--lr=4e-3", "--momentum=0.98", "--dim=128", "--hidden=512"),
     "simsiam": ("--dim=512", "--hidden=128"),
     "vicreg": ("--dim=512", "--hidden=512"),
     "barlow-twins": ("--dim=512", "--hidden=512"),

@@ -42,7 +42,7 @@ _FLOAT32 = (
     Tile(16, 16, 16, 4, 1),
 )
 # the table's kernels, and the functions that are launched with their tiles
-_FUNCTIONS = {
+FUNCTIONS = {
     "statistics": {"statistics", "rank", "logistic"},
     "attend": {"attend"},
     "gradient": {"gradient", "loss_gradient"},
@@ -72,7 +72,7 @@ def first_clean(architecture: str, kernel: str, dtype: torch.dtype, width: int) 
 def _compiles(architecture: str, kernel: str, dtype: torch.dtype, width: int, tile: Tile) -> bool:
     tiles.tile = lambda *arguments: tile  # type: ignore[assignment]
     names = [call.name for call in _calls(dtype, width)]
-    return not any(row.failed() for row in aot.compile_for(architecture, names, _FUNCTIONS[kernel]))
+    return not any(row.failed() for row in aot.compile_for(architecture, names, FUNCTIONS[kernel]))
 
 
 def _calls(dtype: torch.dtype, width: int) -> Iterator[kernel_calls.Call]:
@@ -103,7 +103,7 @@ def main() -> None:
     wanted = [
         (architecture, kernel, dtype, width)
         for architecture in ([here] if here else aot.TARGETS)
-        for kernel in _FUNCTIONS
+        for kernel in FUNCTIONS
         for dtype in tiles.DTYPE_NAMES
         for width in tiles.WIDTHS
     ]

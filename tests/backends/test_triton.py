@@ -195,3 +195,16 @@ def test_a_captured_graph_gives_the_eager_result():
     graph.replay()
     for got, expected in zip(captured, step(), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def test_every_kernel_has_a_tile_on_every_target():
+    """Which the interpreter, that takes one tile for all, would not miss."""
+    pytest.importorskip("triton")
+    from bench.tiles import FUNCTIONS
+    from fastcl.kernels import tiles
+
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        for kernel in FUNCTIONS:
+            for dtype in tiles.DTYPE_NAMES:
+                for width in tiles.WIDTHS:
+                    assert tiles.tile(kernel, target, dtype, width).block_m >= 16

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 pytest.importorskip("fastcl.train")
 
 import torch.distributed as dist
-from test_distributed import on_every_rank
 
 from fastcl.train import CLIP, Batch, Optimization, RunStoppedError, SigLIP, SimCSE, prepare
 from fastcl.train.data import glyphs as glyph_data
@@ -241,10 +240,6 @@ def losses_are_those_of_all_ranks_pairs(group: dist.ProcessGroup) -> None:
             dist.all_reduce(x)
             # what DistributedDataParallel averages
             torch.testing.assert_close(x / 2, y, atol=1e-6, rtol=1e-4)
-
-
-def test_the_batch_of_a_loss_is_that_of_all_processes(tmp_path: Path) -> None:
-    on_every_rank((losses_are_those_of_all_ranks_pairs,), 2, tmp_path)
 
 
 def rows(out: Path) -> list[dict[str, str]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastcl.integrations._gist import GISTEmbedLoss
 from fastcl.integrations._peer import peer
+from fastcl.losses.info_nce import info_nce
 from fastcl.similarity.numerics import logaddexp, row_dot, softplus, unit_rows
 from fastcl.similarity.rules import PairRule
 from fastcl.similarity.stats import SimilarityStats, similarity_stats
@@ -51,6 +52,11 @@ def _fuses(loss: Any, embeddings: list[Tensor]) -> bool:
 
 
 def _ranking_loss(loss: Any, embeddings: list[Tensor]) -> Tensor:
+    hardness = loss.hardness_strength if loss.hardness_mode else 0.0
+    simple = {*loss.directions} == {"query_to_doc"} and not (hardness or loss.gather_across_devices)
+    if simple and len(embeddings) == 2:  # one op for all
+        query, doc = embeddings
+        return info_nce(query, doc, temperature=1 / loss.scale, normalize=loss.similarity_fct is cos_sim)
     count, scale = len(embeddings[0]), loss.scale
     offset = get_rank() * count if loss.gather_across_devices else 0
     if loss.gather_across_devices:
@@ -66,7 +72,6 @@ def _ranking_loss(loss: Any, embeddings: list[Tensor]) -> Tensor:
         return similarity_stats(rows, keys, scale=factor, rule=PairRule(exclude=(own(ids), key_ids)))
 
     query, doc, every_doc = own(queries), own(docs[0]), torch.cat(docs) if docs[1:] else docs[0]
-    hardness = loss.hardness_strength if loss.hardness_mode else 0.0
     of_others = 0.0 if loss.hardness_mode == "hard_negatives" else hardness
     share = scale / (scale + of_others)  # hardness is a constant: the rest of a logit is differentiated
     found = others(_damped(query, share), _damped(every_doc, share), scale + of_others)

@@ -42,7 +42,7 @@ docs: $(VENV)/.installed
 
 examples: $(VENV)/.installed
 	set -e; for example in examples/*.py; do $(BIN)/python $$example; done
-	$(BIN)/jupyter nbconvert --execute --to html --output-dir build/examples examples/*.ipynb
+	OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --execute --to html --output-dir build/examples examples/*.ipynb
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench.run

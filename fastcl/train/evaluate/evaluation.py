@@ -15,13 +15,11 @@ from fastcl.train.data.images import Images
 from fastcl.train.data.loader import Loader
 from fastcl.train.data.sources import Source
 from fastcl.train.evaluate.base import Evaluation
-from fastcl.train.evaluate.features import Features, gathered, joined, stream
+from fastcl.train.evaluate.features import BATCH, Features, gathered, joined, stream
 from fastcl.train.evaluate.linear import LINEAR, LONG_TAIL, evaluate_linear, evaluate_long_tail
 from fastcl.train.evaluate.neighbours import evaluate_neighbours
 from fastcl.train.evaluate.pictures import draw_embedding, evenly
 from fastcl.train.settings import Settings
-
-_BATCH = 512
 
 
 class ImageEvaluation(Evaluation):
@@ -89,7 +87,7 @@ class ImageEvaluation(Evaluation):
         """The features of the images at ``only``, by default this rank's share of all, a batch at a time."""
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         own = range(rank, len(images), ranks) if only is None else only
-        batches = Loader(images, _BATCH, self.source.unreadable, only=own)
+        batches = Loader(images, BATCH, self.source.unreadable, only=own)
         shown = tqdm(batches, "evaluating", leave=False, disable=None if rank == 0 else True)
         return stream(encoder, shown, self.source.normalize, device)
 

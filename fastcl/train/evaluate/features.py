@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastcl.distributed.gather import gather_rows
 
-_BATCH = 512
+BATCH = 512  # samples that are encoded at a time
 
 
 class Features(NamedTuple):
@@ -46,7 +46,7 @@ def joined(parts: Iterable[Features]) -> Features:
 
 def rows_of(network: nn.Module, samples: Tensor, device: torch.device) -> Tensor:
     """What ``network`` makes of the samples, (N, D), all of them on every rank."""
-    places = torch.arange(len(samples)).split(_BATCH)
+    places = torch.arange(len(samples)).split(BATCH)
     batches = ((samples[part], part, part) for part in places)
     return joined(stream(network, batches, nn.Identity(), device)).values
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,16 +44,20 @@ class Retrieval(Evaluation):
 
     def __init__(self, source: DefinitionSource, settings: DefinitionSettings) -> None:
         self.source = source
+        self.sides = tokenize(source.words), tokenize(source.definitions)
 
     def measure(self, network: nn.Module, device: torch.device, *, thorough: bool) -> dict[str, float]:
         """The recalls by name; with ``thorough`` those of TF-IDF, too."""
-        sides = (self.source.words, self.source.definitions)
         words, definitions = (
-            nn.functional.normalize(rows_of(side, tokenize(texts), device), dim=1)
-            for side, texts in zip(network.children(), sides, strict=True)
+            nn.functional.normalize(rows_of(side, texts, device), dim=1)
+            for side, texts in zip(network.children(), self.sides, strict=True)
         )
         found = recall(words @ definitions.T)
-        return found | (tfidf(self.source) if thorough else {})
+        return found | (self._tfidf if thorough else {})
+
+    @cached_property
+    def _tfidf(self) -> dict[str, float]:
+        return tfidf(self.source)  # of the texts only: the same before and after training
 
     def draw(self, network: nn.Module, device: torch.device, folder: Path, title: str) -> list[str]:
         """Nothing."""

@@ -18,7 +18,7 @@ from fastcl.train.optimizers import Optimization
 from fastcl.train.ranges import PositiveFloat
 from fastcl.train.settings import GlyphSettings
 
-DEFAULT = Optimization("adamw", lr=5e-4, weight_decay=0.2)
+_DEFAULT = Optimization("adamw", lr=5e-4, weight_decay=0.2)
 _LARGEST_SCALE = 100.0
 
 
@@ -58,7 +58,7 @@ class CLIP(TwoSided):
         *,
         dim: int = 512,
         temperature: float = 0.07,
-        optimization: Optimization = DEFAULT,
+        optimization: Optimization = _DEFAULT,
     ) -> None:
         super().__init__(encoder, augment, optimization=optimization)
         self.projectors = nn.ModuleList(nn.Linear(width, dim, bias=False) for width in features)

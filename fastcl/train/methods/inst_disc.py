@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from fastcl.train.methods.base import Augment, Batch, Method, Rows
-from fastcl.train.methods.instances import Instances, InstancesSettings
+from fastcl.train.methods.base import Augment, Batch, Rows
+from fastcl.train.methods.instances import Instances, InstancesSettings, WithMemory
 from fastcl.train.methods.registry import Recipe, register
 from fastcl.train.optimizers import Optimization
 from fastcl.train.ranges import NonNegativeFloat
@@ -44,7 +44,7 @@ _RECIPE: Recipe = {
     settings=InstDiscSettings,
     recipe=_RECIPE,
 )
-class InstDisc(Method):
+class InstDisc(WithMemory):
     """Inst-Disc: every image is a class of its own, and finds its row in a memory of all images.
 
     Wu et al. 2018, https://arxiv.org/abs/1805.01978. With several processes the memory is that of all.
@@ -66,10 +66,6 @@ class InstDisc(Method):
     Raises:
         ValueError: an unknown loss; 'nce' without noise.
     """
-
-    needs_indices = True
-    data_arguments = ("samples",)
-    temperature: float
 
     def __init__(
         self,
@@ -104,7 +100,3 @@ class InstDisc(Method):
             apart = (nn.functional.normalize(z) - own).square().sum(1).mean()
             each.append(found + self.proximal * apart)
         return torch.stack(each).mean()
-
-    def after_loss(self, embedded: Rows, targets: Rows, batch: Batch) -> None:
-        assert batch.indices is not None
-        self.instances.update(embedded[0], batch.indices)

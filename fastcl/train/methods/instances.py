@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fastcl
 from fastcl.similarity.checks import check_choice
 from fastcl.train.evaluate.features import gather, summed
+from fastcl.train.methods.base import Batch, Method, Rows
 from fastcl.train.ranges import ClosedUnitInterval, NonNegativeInt
 from fastcl.train.settings import ContrastiveSettings
 
@@ -77,14 +78,29 @@ class Instances(nn.Module):
 
     @torch.no_grad()
     def _log_z(self, query: Tensor, others: Tensor, temperature: float) -> float:
-        if self.log_z.isnan():
+        known = self.log_z.item()
+        if math.isnan(known):
             logits = fastcl.similarity_stats(query, others, scale=1 / temperature).lse_neg
             mean = (logits - math.log(len(others))).exp().mean()
             summed(mean)
             ranks = dist.get_world_size() if dist.is_initialized() else 1
             self.log_z.copy_((mean / ranks * self.bank.size).log())
-        return self.log_z.item()
+            known = self.log_z.item()
+        return known
 
     def update(self, rows: Tensor, indices: Tensor) -> None:
         """Move the samples' rows in the memory towards these (N, dim), on all ranks those of all."""
         self.bank.update(gather(indices), gather(rows.detach()))
+
+
+class WithMemory(Method):
+    """A method whose samples find their rows in a memory, which the first of a sample's projections moves."""
+
+    needs_indices = True
+    data_arguments = ("samples",)
+    temperature: float
+    instances: Instances
+
+    def after_loss(self, embedded: Rows, targets: Rows, batch: Batch) -> None:
+        assert batch.indices is not None
+        self.instances.update(embedded[0], batch.indices)

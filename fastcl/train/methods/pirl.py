@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from torch import Tensor, nn
 
-from fastcl.train.methods.base import Augment, Batch, Method, Rows
-from fastcl.train.methods.instances import Instances, InstancesSettings
+from fastcl.train.methods.base import Augment, Batch, Rows
+from fastcl.train.methods.instances import Instances, InstancesSettings, WithMemory
 from fastcl.train.methods.patches import jigsaw
 from fastcl.train.methods.registry import Recipe, register
 from fastcl.train.optimizers import Optimization
@@ -44,7 +44,7 @@ _RECIPE: Recipe = {
     settings=PIRLSettings,
     recipe=_RECIPE,
 )
-class PIRL(Method):
+class PIRL(WithMemory):
     """PIRL: an image and a jigsaw of its patches both find the image's row in a memory of all images.
 
     Misra and van der Maaten 2020, https://arxiv.org/abs/1912.01991. The jigsaw is cut from the second view.
@@ -67,10 +67,6 @@ class PIRL(Method):
     Raises:
         ValueError: an unknown loss; 'nce' without noise.
     """
-
-    needs_indices = True
-    data_arguments = ("samples",)
-    temperature: float
 
     def __init__(
         self,
@@ -107,7 +103,3 @@ class PIRL(Method):
         of_image, of_jigsaw = (self.instances(z, batch.indices, self.temperature) for z in embedded)
         loss: Tensor = self.jigsaw_weight * of_jigsaw + (1 - self.jigsaw_weight) * of_image
         return loss
-
-    def after_loss(self, embedded: Rows, targets: Rows, batch: Batch) -> None:
-        assert batch.indices is not None
-        self.instances.update(embedded[0], batch.indices)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastcl
 from fastcl.train.methods.base import Augment, Batch, Rows
-from fastcl.train.methods.clip import CLIP, DEFAULT, CLIPSettings
+from fastcl.train.methods.clip import CLIP, CLIPSettings
 from fastcl.train.methods.registry import register
-from fastcl.train.optimizers import Optimization
 
 _BIAS = -10.0
 
@@ -31,9 +31,8 @@ class SigLIP(CLIP):
         encoder: one per side, each to features (N, features of that side); what is kept after training.
         features: widths of the encoders' outputs.
         augment: per side, a batch of it to one of random views of it.
-        dim: width of the projections, linear, on which the loss is computed.
         temperature: of the loss, at the start; it is learned, and at least 0.01. The bias, too, from -10 on.
-        optimization: the optimizer and its schedules.
+        **clip: the other arguments of :class:`CLIP`.
     """
 
     def __init__(
@@ -42,13 +41,10 @@ class SigLIP(CLIP):
         features: Sequence[int],
         augment: Sequence[Augment],
         *,
-        dim: int = 512,
         temperature: float = 0.1,
-        optimization: Optimization = DEFAULT,
+        **clip: Any,
     ) -> None:
-        super().__init__(
-            encoder, features, augment, dim=dim, temperature=temperature, optimization=optimization
-        )
+        super().__init__(encoder, features, augment, temperature=temperature, **clip)
         self.bias = nn.Parameter(torch.tensor(_BIAS))
 
     def loss(self, embedded: Rows, targets: Rows, batch: Batch) -> Tensor:

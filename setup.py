@@ -44,7 +44,9 @@ SOURCES = sorted(
 CUDA_TARGETS = ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
-CXX_FLAGS += ["-Wall", "-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch's stable ABI, from 2.11 on
+OLDEST_TORCH = (2, 11)
+STABLE_ABI = f"{OLDEST_TORCH[0]:#04x}{OLDEST_TORCH[1]:02x}000000000000"
+CXX_FLAGS += ["-Wall", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
 LINK_FLAGS = ["-shared"]
 if os.environ.get("FASTCL_SANITIZE") == "1":
     CXX_FLAGS[CXX_FLAGS.index("-O3")] = "-O1"  # half the time to build and test
@@ -53,7 +55,6 @@ if os.environ.get("FASTCL_SANITIZE") == "1":
 CXX = os.environ.get("CXX", "g++")
 NVCC = shutil.which("nvcc")
 NEEDS_SETUPTOOLS = 77  # the first that reads pyproject.toml's license
-OLDEST_TORCH = (2, 11)
 NEEDS_TORCH = """fastcl compiles against the torch it will run with, and there is none here. Install it first:
     pip install torch --index-url https://download.pytorch.org/whl/cpu    # without a GPU
     pip install torch                                                     # with one

@@ -200,10 +200,11 @@ def test_a_captured_graph_gives_the_eager_result():
 def test_every_kernel_has_a_tile_on_every_target():
     """Which the interpreter, that takes one tile for all, would not miss."""
     pytest.importorskip("triton")
+    from bench.aot import TARGETS
     from bench.tiles import FUNCTIONS
     from fastcl.kernels import tiles
 
-    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+    for target in TARGETS:
         for kernel in FUNCTIONS:
             for dtype in tiles.DTYPE_NAMES:
                 for width in tiles.WIDTHS:

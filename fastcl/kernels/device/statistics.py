@@ -30,6 +30,7 @@ from fastcl.kernels.device.tile import (
     load_rows,
     logits,
     split_by_label,
+    split_of,
 )
 
 
@@ -60,11 +61,8 @@ def statistics(
     max_neg = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     sum_neg = tl.zeros((BLOCK_M,), tl.float32)
     max_pos, sum_pos, pos_sum, pos_count = max_neg, sum_neg, sum_neg, sum_neg
-    tiles = tl.cdiv(other.count, BLOCK_N)
-    first = block * BLOCK_M // BLOCK_N if TRIANGLE else 0
-    share = tl.cdiv(tiles - first, tl.num_programs(1))
-    start = first + split * share
-    for tile in range(start, tl.minimum(start + share, tiles)):
+    start, end = split_of(other.count, BLOCK_N, block * BLOCK_M // BLOCK_N if TRIANGLE else 0)
+    for tile in range(start, end):
         others = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         dots = dots_of(own, other, matrix, rows, others, own_tile, D, BLOCK_D, BLOCK_K, DOT, PRECISION)
         values = included(own, other, rows, others, logits(own, other, rows, others, dots, scale2))

@@ -70,11 +70,11 @@ def store_rows(target, values, rows, count, D: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def split_of(count, BLOCK: tl.constexpr):
-    """First and end of this program's share of the tiles of ``count`` rows."""
+def split_of(count, BLOCK: tl.constexpr, first=0):
+    """First and end of this program's share of the tiles of ``count`` rows, from tile ``first`` on."""
     tiles = tl.cdiv(count, BLOCK)
-    share = tl.cdiv(tiles, tl.num_programs(1))
-    start = tl.program_id(1) * share
+    share = tl.cdiv(tiles - first, tl.num_programs(1))
+    start = first + tl.program_id(1) * share
     return start, tl.minimum(start + share, tiles)
 
 

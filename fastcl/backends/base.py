@@ -91,6 +91,9 @@ class Backend:
     logistic_backward: Callable[[Problem, Tensor, Tensor, LogisticNeeds], tuple[Tensor | None, ...]] = (
         _not_computed
     )
+    # (problem, bias, mean, needs as bits) -> sum or mean over the rows of both sums, and for an incoming 1
+    # the gradients that LogisticNeeds names; None: by the two functions before
+    logistic_total: Callable[[Problem, Tensor, bool, int], Outputs] | None = None
     # (args, kept) -> losses (V, N); state (2 (V + T), N): maximum and sum of each view's softmax, then of
     # each teacher's; and (kept,), logits for the backward pass
     soft_cross_entropy: Callable[[SoftTargets, int], tuple[Tensor, Tensor, Tensor]] = _not_computed

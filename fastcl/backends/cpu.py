@@ -74,6 +74,12 @@ def logistic_backward(
     )
 
 
+def logistic_total(problem: Problem, bias: Tensor, mean: bool, needs: int) -> tuple[Tensor, ...]:
+    """Total and gradients in one walk over the tiles: a pair's weight needs no sum over its row."""
+    outputs: tuple[Tensor, ...] = _native.logistic_total(*_native_logistic(problem, bias), mean, needs)
+    return outputs
+
+
 def logits_to_keep(args: SoftTargets) -> int:
     """All, if they are few: the backward pass forms none then; or none."""
     rows, keys = args.counts()
@@ -169,6 +175,7 @@ BACKEND = Backend(
     stats_backward=stats_backward,
     logistic=logistic,
     logistic_backward=logistic_backward,
+    logistic_total=logistic_total,
     soft_cross_entropy=soft_cross_entropy,
     soft_cross_entropy_backward=soft_cross_entropy_backward,
     logits_to_keep=logits_to_keep,

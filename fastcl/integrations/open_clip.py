@@ -10,7 +10,7 @@ from torch import Tensor
 from fastcl.integrations._peer import in_dtype_of, peer
 from fastcl.integrations.vision import ensure_torchvision
 from fastcl.losses.clip import clip_loss
-from fastcl.similarity.logistic import similarity_logistic
+from fastcl.similarity.logistic import logistic_loss
 from fastcl.similarity.rules import PairRule
 from fastcl.similarity.stats import similarity_stats
 
@@ -78,8 +78,9 @@ class SigLipLoss(original.SigLipLoss):
         ids = torch.arange(len(image_features), device=image_features.device)
         rule = PairRule() if negative_only else PairRule(positive=(ids, ids))
         bias = 0.0 if logit_bias is None else logit_bias
-        sums = similarity_logistic(image_features, text_features, scale=logit_scale, bias=bias, rule=rule)
-        return in_dtype_of(image_features, (sums[0] + sums[1]).sum() / len(image_features))
+        rows = (image_features, text_features)
+        loss = logistic_loss(*rows, logit_scale, bias, rule, normalize=False, reduction="mean")
+        return in_dtype_of(image_features, loss)
 
 
 def _are_numbers(*values: Any) -> bool:

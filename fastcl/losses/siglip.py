@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastcl.distributed.gather import ids_of_rows, reduce
+from fastcl.distributed.gather import ids_of_rows
 from fastcl.losses._scope import check_scope
 from fastcl.similarity.checks import check_pair
-from fastcl.similarity.logistic import similarity_logistic
+from fastcl.similarity.logistic import logistic_loss
 from fastcl.similarity.rules import PairRule
 
 
@@ -49,16 +49,16 @@ def siglip_loss(
         "image_features", image_features, "text_features", text_features
     )
     ids = ids_of_rows(image_features.shape[0], group, image_features.device)
-    negative, positive = similarity_logistic(
+    return logistic_loss(
         image_features,
         text_features,
-        scale=logit_scale,
-        bias=logit_bias,
-        rule=PairRule(positive=(ids, ids)),
+        logit_scale,
+        logit_bias,
+        PairRule(positive=(ids, ids)),
         normalize=normalize,
+        reduction=reduction,
         group=group,
     )
-    return reduce(negative + positive, reduction, group)
 
 
 class SigLIPLoss(nn.Module):

@@ -155,7 +155,7 @@ def one_positive_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tens
     inputs = (query, positive, negatives, scale)
     if torch.is_grad_enabled():
         return _padded(ctx, _second_order_one_positive(ctx, inputs, (query_ids, negative_ids), grad_loss))
-    return _padded(ctx, _whole_loss_gradient(ctx, inputs, unit_grads, grad_loss))
+    return _padded(ctx, _gradient_of_op(ctx, inputs, unit_grads, grad_loss))
 
 
 def _padded(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -163,16 +163,26 @@ def _padded(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ..
     return (*grads, *(None,) * (len(ctx.needs_input_grad) - len(grads)))
 
 
-def _whole_loss_gradient(
+def _gradient_of_op(
     ctx: Any, inputs: Sequence[Tensor | None], unit_grads: Sequence[Tensor], grad_loss: Tensor
 ) -> list[Tensor | None]:
-    """From the gradients for an incoming 1 that the op returned with the loss."""
+    return whole_loss_gradient(inputs, ctx.needs_input_grad, ctx.flags[-1], unit_grads, grad_loss)
+
+
+def whole_loss_gradient(
+    inputs: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    computed: int,
+    unit_grads: Sequence[Tensor],
+    grad_loss: Tensor,
+) -> list[Tensor | None]:
+    """From the gradients for an incoming 1 that the op returned with the loss, for the bits ``computed``."""
     grads: list[Tensor | None] = [None] * len(inputs)
     grad_loss = first_order(grad_loss, inputs)
     for i, (x, grad) in enumerate(zip(inputs, unit_grads, strict=True)):
-        if x is None or not ctx.needs_input_grad[i]:
+        if x is None or not wanted[i]:
             continue
-        if not ctx.flags[-1] >> i & 1:
+        if not computed >> i & 1:
             raise RuntimeError("a whole loss was called without need of a gradient that is now wanted")
         grads[i] = (grad_loss * grad).to(x.dtype)
     return grads
@@ -226,7 +236,7 @@ def many_positives_gradient(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Te
     query, key, scale, query_labels, key_labels, positive_mask, *unit_grads = ctx.saved_tensors
     inputs = (query, key, scale)
     if not torch.is_grad_enabled():
-        return _padded(ctx, _whole_loss_gradient(ctx, inputs, unit_grads, grad_loss))
+        return _padded(ctx, _gradient_of_op(ctx, inputs, unit_grads, grad_loss))
     views = distinct_nodes(inputs)
     query, key, scale = views
     normalize, log_of_mean, mean, *_ = ctx.flags

@@ -44,6 +44,10 @@ library.define(
     f"logistic_backward({_PROBLEM}, Tensor bias, Tensor grad, bool[] needs, str backend) -> "
     "(Tensor, Tensor, Tensor, Tensor)"
 )
+library.define(
+    f"logistic_total({_PROBLEM}, Tensor bias, bool mean, str backend, int needs) -> "
+    "(Tensor total, Tensor grad_query, Tensor grad_key, Tensor grad_scale, Tensor grad_bias)"
+)
 _SOFT_TARGETS = (
     "Tensor query, Tensor key, Tensor scale, Tensor target_query, Tensor target_key, Tensor target_scale, "
     "Tensor? target_bias, Tensor? within_query, Tensor? within_key, Tensor? exclude_keys, "
@@ -128,6 +132,14 @@ def _logistic_backward(*args: Any) -> tuple[Tensor, ...]:
     with without_autocast(problem.query.device):
         grads = BACKENDS[backend].logistic_backward(problem, bias, grad, LogisticNeeds(*needs))
         return _filled(problem.query, *grads)
+
+
+def _logistic_total(*args: Any) -> tuple[Tensor, ...]:
+    problem, (bias, mean, backend, needs) = Problem(*args[:PROBLEM_FIELDS]), args[PROBLEM_FIELDS:]
+    function = BACKENDS[backend].logistic_total
+    assert function is not None
+    with without_autocast(problem.query.device):
+        return function(problem, bias, mean, needs)
 
 
 def _soft_cross_entropy(*args: Any) -> tuple[Tensor, ...]:
@@ -220,6 +232,18 @@ def _fake_logistic_backward(*args: Any) -> tuple[Tensor, ...]:
     return _filled(problem.query, *wanted)
 
 
+def _fake_logistic_total(*args: Any) -> tuple[Tensor, ...]:
+    problem, (bias, _, _, needs) = Problem(*args[:PROBLEM_FIELDS]), args[PROBLEM_FIELDS:]
+    dtype = compute_dtype(problem.query.dtype)
+    wanted = (
+        x.new_empty(
+            x.shape if needs >> bit & 1 else (0,), dtype=torch.float64 if x is problem.scale else dtype
+        )
+        for bit, x in enumerate((problem.query, problem.key, problem.scale, bias))
+    )
+    return (problem.query.new_empty((), dtype=dtype), *wanted)
+
+
 def _fake_soft_cross_entropy(*args: Any) -> tuple[Tensor, ...]:
     *arguments, kept, _ = args
     query, target_query = args[0], SoftTargets._make(arguments).target_query
@@ -278,6 +302,7 @@ for _name, _kernel, _fake in (
     ("stats_backward", _stats_backward, _fake_stats_backward),
     ("logistic", _logistic, _fake_logistic),
     ("logistic_backward", _logistic_backward, _fake_logistic_backward),
+    ("logistic_total", _logistic_total, _fake_logistic_total),
     ("soft_cross_entropy", _soft_cross_entropy, _fake_soft_cross_entropy),
     ("soft_cross_entropy_backward", _soft_cross_entropy_backward, _fake_soft_cross_entropy_backward),
     ("sinkhorn", _sinkhorn, _fake_sinkhorn),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from fastcl.ops.autograd import (
     first_order,
     needs_of,
     register_autograd,
+    whole_loss_gradient,
 )
+from fastcl.similarity.numerics import reduce
 from fastcl.similarity.problem import (
     PROBLEM_FIELDS,
     PROBLEM_TENSORS,
@@ -33,29 +36,68 @@ _LOGISTIC_INPUTS = 3  # of the problem; and the bias
 
 
 def save_logistic(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    problem, (bias, backend) = Problem(*inputs[:PROBLEM_FIELDS]), inputs[PROBLEM_FIELDS:]
-    ctx.save_for_backward(bias, *problem[:PROBLEM_TENSORS], *problem.positive_more, *problem.exclude_more)
-    ctx.more, ctx.flags, ctx.backend = len(problem.positive_more), problem[PROBLEM_TENSORS + 2 :], backend
+    bias, ctx.backend = inputs[PROBLEM_FIELDS:]
+    _save(ctx, Problem(*inputs[:PROBLEM_FIELDS]), bias)
+
+
+def _save(ctx: Any, problem: Problem, bias: Tensor, *more: Tensor) -> None:
+    sets = (*problem.positive_more, *problem.exclude_more)
+    ctx.save_for_backward(*problem[:PROBLEM_TENSORS], *sets, bias, *more)
+    ctx.sets = len(problem.positive_more), len(sets)
+    ctx.problem_flags = problem[PROBLEM_TENSORS + 2 :]
+
+
+def _saved(ctx: Any) -> tuple[Problem, tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+    """The problem; its inputs with the bias, as LogisticNeeds orders them; and what else was saved."""
+    positives, sets = ctx.sets
+    tensors, more = ctx.saved_tensors[:PROBLEM_TENSORS], ctx.saved_tensors[PROBLEM_TENSORS:]
+    problem = Problem._make((*tensors, more[:positives], more[positives:sets], *ctx.problem_flags))
+    return problem, (problem.query, problem.key, problem.scale, more[sets]), more[sets + 1 :]
+
+
+def _needs(ctx: Any) -> LogisticNeeds:
+    return LogisticNeeds._make(_logistic_inputs(ctx.needs_input_grad))
+
+
+def _logistic_inputs(args: Sequence[Any]) -> tuple[Any, ...]:
+    """What may need a gradient of an op's arguments, as LogisticNeeds orders them."""
+    return (*args[:_LOGISTIC_INPUTS], args[PROBLEM_FIELDS])
+
+
+def _in_places(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Gradients in the places of an op's arguments."""
+    *first, bias = grads
+    unused = len(ctx.needs_input_grad) - PROBLEM_FIELDS - 1
+    return (*first, *(None,) * (PROBLEM_FIELDS - _LOGISTIC_INPUTS), bias, *(None,) * unused)
 
 
 def logistic_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    bias, *tensors = ctx.saved_tensors
-    more = tensors[PROBLEM_TENSORS:]
-    problem = Problem._make((*tensors[:PROBLEM_TENSORS], more[: ctx.more], more[ctx.more :], *ctx.flags))
-    wanted = ctx.needs_input_grad
-    needs = LogisticNeeds._make((*wanted[:_LOGISTIC_INPUTS], wanted[PROBLEM_FIELDS]))
-    inputs = (*problem[:_LOGISTIC_INPUTS], bias)
-    grads: tuple[Tensor | None, ...]
+    problem, inputs, _ = _saved(ctx)
+    needs = _needs(ctx)
     if torch.is_grad_enabled():
         *first, bias = nodes = distinct_nodes(inputs)
         sums = reference.logistic(Problem(*first, *problem[_LOGISTIC_INPUTS:]), bias)
-        grads = differentiable_grad((sums,), (grad,), nodes, needs)
-    else:
-        grad = first_order(grad, inputs)
-        outputs = torch.ops.fastcl.logistic_backward(*problem, bias, grad, needs, ctx.backend)
-        grads = tuple(x if needed else None for x, needed in zip(outputs, needs, strict=True))
-    unused = (None,) * (PROBLEM_FIELDS - _LOGISTIC_INPUTS)
-    return (*grads[:_LOGISTIC_INPUTS], *unused, grads[-1], None)
+        return _in_places(ctx, differentiable_grad((sums,), (grad,), nodes, needs))
+    grad = first_order(grad, inputs)
+    outputs = torch.ops.fastcl.logistic_backward(*problem, inputs[-1], grad, needs, ctx.backend)
+    return _in_places(ctx, [x if needed else None for x, needed in zip(outputs, needs, strict=True)])
+
+
+def save_logistic_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    bias, *ctx.flags = inputs[PROBLEM_FIELDS:]
+    ctx.mark_non_differentiable(*output[1:])
+    _save(ctx, Problem(*inputs[:PROBLEM_FIELDS]), bias, *output[1:])
+
+
+def logistic_total_gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    problem, inputs, unit_grads = _saved(ctx)
+    needs, (mean, *_) = _needs(ctx), ctx.flags
+    if torch.is_grad_enabled():
+        *first, bias = nodes = distinct_nodes(inputs)
+        sums = reference.logistic(Problem(*first, *problem[_LOGISTIC_INPUTS:]), bias)
+        total = reduce(sums.sum(0), "mean" if mean else "sum")
+        return _in_places(ctx, differentiable_grad((total,), (grad,), nodes, needs))
+    return _in_places(ctx, whole_loss_gradient(inputs, needs, ctx.flags[-1], unit_grads, grad))
 
 
 def logistic(problem: Problem, bias: Tensor, backend: str = "auto") -> Tensor:
@@ -65,6 +107,17 @@ def logistic(problem: Problem, bias: Tensor, backend: str = "auto") -> Tensor:
         return reference.logistic(problem, bias)
     sums: Tensor = torch.ops.fastcl.logistic(*problem, bias, chosen.name)
     return sums
+
+
+def logistic_total(problem: Problem, bias: Tensor, reduction: str) -> Tensor:
+    """The 'mean' or 'sum' over the rows of both of :func:`logistic`'s sums, differentiable."""
+    chosen = choose(Request.of(problem.query, simple_rule=problem.has_simple_rule()))
+    if chosen.logistic_total is None:
+        return reduce(logistic(problem, bias, chosen.name).sum(0), reduction)
+    arguments = (*problem, bias, reduction == "mean", chosen.name)
+    needs = needs_of(_logistic_inputs(arguments)) if torch.is_grad_enabled() else 0
+    total: Tensor = torch.ops.fastcl.logistic_total(*arguments, needs)[0]
+    return total
 
 
 def save_soft_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -105,3 +158,9 @@ def soft_cross_entropy(args: SoftTargets, backend: str = "auto") -> Tensor:
 
 register_autograd("soft_cross_entropy", save_soft_cross_entropy, soft_cross_entropy_gradient)
 register_autograd("logistic", save_logistic, logistic_gradient)
+register_autograd(
+    "logistic_total",
+    save_logistic_total,
+    logistic_total_gradient,
+    lambda args: (*args[:-1], args[-1] | needs_of(_logistic_inputs(args))),
+)

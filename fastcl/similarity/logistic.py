@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from fastcl.distributed.gather import check_group, row_counts, with_all_keys
-from fastcl.ops.sums import logistic
+from fastcl.distributed.gather import check_group, reduce, row_counts, with_all_keys
+from fastcl.ops.sums import logistic, logistic_total
 from fastcl.similarity.checks import check_matrix, check_same, in_one_dtype, scalar
 from fastcl.similarity.compiled import anchored
 from fastcl.similarity.numerics import compute_dtype, matmul_precision_level
@@ -47,13 +47,46 @@ def similarity_logistic(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`fastcl.similarity_stats`; a bias of another length.
     """
+    check_group(group, False)
+    problem, offset = _checked(query, key, scale, bias, rule, normalize, group)
+    negative, positive = logistic(problem, offset, backend).unbind(0)
+    return negative, positive
+
+
+def logistic_loss(
+    query: Tensor,
+    key: Tensor,
+    scale: float | Tensor,
+    bias: float | Tensor,
+    rule: PairRule,
+    *,
+    normalize: bool,
+    reduction: str,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Both of :func:`similarity_logistic`'s sums, added and reduced: by one walk where a backend has it."""
+    problem, offset = _checked(query, key, scale, bias, rule, normalize, group)
+    if group is None and reduction != "none" and query.shape[0]:
+        return logistic_total(problem, offset, reduction)
+    return reduce(logistic(problem, offset).sum(0), reduction, group)
+
+
+def _checked(
+    query: Tensor,
+    key: Tensor,
+    scale: float | Tensor,
+    bias: float | Tensor,
+    rule: PairRule,
+    normalize: bool,
+    group: dist.ProcessGroup | None,
+) -> tuple[Problem, Tensor]:
+    """The problem over all ranks' keys, and the bias of each row."""
     check_matrix("query", query)
     check_matrix("key", key)
     check_same("key", key, "query", query)
     if key.dtype != query.dtype:
         query, key = in_one_dtype(query, key)
     offset = _offset(bias, query)
-    check_group(group, False)
     counts = None if group is None else row_counts(key, group)
     check_rule(rule, query, key, None if counts is None else sum(counts))
     problem = Problem(
@@ -66,8 +99,7 @@ def similarity_logistic(
     )
     if group is not None and counts is not None:
         problem = with_all_keys(problem, group, counts)
-    negative, positive = logistic(problem, offset, backend).unbind(0)
-    return negative, positive
+    return problem, offset
 
 
 def _offset(bias: float | Tensor, query: Tensor) -> Tensor:

@@ -18,4 +18,8 @@ void logistic_sums(const Problem<T>& problem, const T* bias2, T* sums);
 template <class T>
 PairSums<T> logistic_pair_sums(const Problem<T>& problem, const T* bias2, const T* grad, Wanted wanted);
 
+// `total` is `incoming` times the sum of all sums; returns its gradients' sums, in the same walk.
+template <class T>
+PairSums<T> logistic_total(const Problem<T>& problem, const T* bias2, T incoming, Wanted wanted, T* total);
+
 }  // namespace fastcl::cpu

@@ -124,12 +124,14 @@ class Similarity {
 
   void logistic_backward(const T* bias, const T* grad, const LogisticGradients<T>& result) const {
     const Buffer<T> bias2 = padded(bias, problem_.query.count, static_cast<T>(kLog2E));
-    const bool scale_wanted = result.scale != nullptr;
-    const PairSums<T> sums = logistic_pair_sums(
-        problem_, bias2.get(), grad,
-        {result.query || scale_wanted, result.key != nullptr, false, scale_wanted, result.bias != nullptr});
-    write_inputs(sums, result.query, result.key, result.scale, nullptr);
-    write_bias(sums.query_bias, problem_.query.count, result.bias);
+    write_logistic(logistic_pair_sums(problem_, bias2.get(), grad, wanted_of(result)), result);
+  }
+
+  void logistic_total(const T* bias, bool mean, T* total, const LogisticGradients<T>& result) const {
+    const int64_t queries = problem_.query.count;
+    const Buffer<T> bias2 = padded(bias, queries, static_cast<T>(kLog2E));
+    const T incoming = mean ? T(1) / queries : T(1);
+    write_logistic(cpu::logistic_total(problem_, bias2.get(), incoming, wanted_of(result), total), result);
   }
 
  private:
@@ -222,6 +224,16 @@ class Similarity {
     return weights;
   }
 
+  static Wanted wanted_of(const LogisticGradients<T>& result) {
+    const bool scale_wanted = result.scale != nullptr;
+    return {result.query || scale_wanted, result.key != nullptr, false, scale_wanted, result.bias != nullptr};
+  }
+
+  void write_logistic(const PairSums<T>& sums, const LogisticGradients<T>& result) const {
+    write_inputs(sums, result.query, result.key, result.scale, nullptr);
+    write_bias(sums.query_bias, problem_.query.count, result.bias);
+  }
+
   void write_inputs(const PairSums<T>& sums, T* query, T* key, double* scale, T* key_scale) const {
     if (scale) *scale = sums.scale ? *sums.scale : scale_gradient(sums.query);
     if (query) write_side(query_, sums.query, nullptr, query, nullptr);
@@ -298,6 +310,12 @@ void similarity_logistic_backward(const SimilarityCall& call, const T* bias, con
   Similarity<T>(call, Use::gradients).logistic_backward(bias, grad, result);
 }
 template <class T>
+void similarity_logistic_total(const SimilarityCall& call, const T* bias, bool mean, T* total,
+                               const LogisticGradients<T>& result) {
+  const bool wanted = result.query || result.key || result.scale || result.bias;
+  Similarity<T>(call, wanted ? Use::gradients : Use::statistics).logistic_total(bias, mean, total, result);
+}
+template <class T>
 void similarity_backward(const SimilarityCall& call, const SimilaritySaved<T>& saved,
                          const SimilarityGradients<T>& result) {
   Similarity<T>(call, Use::gradients).backward(saved, result);
@@ -310,6 +328,8 @@ void similarity_backward(const SimilarityCall& call, const SimilaritySaved<T>& s
   template void similarity_logistic<T>(const SimilarityCall&, const T*, T*);                      \
   template void similarity_logistic_backward<T>(const SimilarityCall&, const T*, const T*,        \
                                                 const LogisticGradients<T>&);                     \
+  template void similarity_logistic_total<T>(const SimilarityCall&, const T*, bool, T*,           \
+                                             const LogisticGradients<T>&);                        \
   template void similarity_backward<T>(const SimilarityCall&, const SimilaritySaved<T>&,          \
                                        const SimilarityGradients<T>&);
 FASTCL_INSTANTIATE(float)

@@ -57,6 +57,10 @@ struct LogisticGradients {
 template <class T>
 void similarity_logistic_backward(const SimilarityCall& call, const T* bias, const T* grad,
                                   const LogisticGradients<T>& result);
+// The sum of all sums, or its mean over the queries, and the gradients of that.
+template <class T>
+void similarity_logistic_total(const SimilarityCall& call, const T* bias, bool mean, T* total,
+                               const LogisticGradients<T>& result);
 template <class T>
 void similarity_backward(const SimilarityCall& call, const SimilaritySaved<T>& saved,
                          const SimilarityGradients<T>& result);

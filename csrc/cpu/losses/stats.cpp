@@ -60,7 +60,7 @@ Statistics<T> statistics(const Problem<T>& problem, bool columns, const KeptTile
             k.both_log_sum(tile, lane.negative(begin), row->negative(key_begin));
           else
             k.lane_log_sum(tile, lane.negative(begin));
-          if (!has_positives(problem)) return;
+          if (!positive.s) return;
           if (both)
             k.both_log_sum(positive, lane.positive(begin), row->positive(key_begin));
           else
@@ -123,9 +123,9 @@ PairSums<T> weighted_sums(const Problem<T>& problem, const Weigh<T>& weigh, Want
       Tile<T> logits = tile;
       if (by_tiles) {
         logits.s = scratch.take<T>(kLogitSlot, plan.query.block * tile.stride);
-        k.join_logits(logits, tile, has_positives(problem) ? positive.s : nullptr);
+        k.join_logits(logits, tile, positive.s);
       }
-      weigh(tile, positive, begin, key_begin);
+      weigh(task, tile, positive, begin, key_begin);
       if (by_tiles) {
         const bool twice = symmetric && begin == key_begin;  // such a tile holds each pair with both roles
         weighted[&task - plan.tasks.data()] +=
@@ -149,10 +149,9 @@ template <class T>
 PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, const SideWeights<T>& columns,
                       Wanted wanted, const KeptTiles<T>& kept) {
   const SideWeights<T>& row_weights = problem.symmetric ? rows : columns;
-  const bool positives = has_positives(problem);
-  auto weigh = [&](Tile<T> tile, Tile<T> positive, int64_t begin, int64_t key_begin) {
+  auto weigh = [&](const Plan::Task&, Tile<T> tile, Tile<T> positive, int64_t begin, int64_t key_begin) {
     const Kernels<T>& k = kernels<T>();
-    if (positives) {
+    if (positive.s) {
       const auto lane_pair = rows.pair(begin);
       const auto row_pair = row_weights ? row_weights.pair(key_begin) : lane_pair;
       k.pair_weights(tile, positive, &lane_pair, row_weights ? &row_pair : nullptr);

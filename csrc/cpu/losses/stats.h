@@ -69,11 +69,11 @@ struct Wanted {
   bool query_bias = false;
 };
 
-// Of the dl_ij that weigh(tile, positive, query_begin, key_begin) makes of a tile's logits, in their place;
-// `positive` holds those of the positives, where there may be any. The logits are taken from `kept` if they
-// are there.
+// Of the dl_ij that weigh(task, tile, positive, query_begin, key_begin) makes of a tile's logits, in their
+// place; `positive` holds those of the positives, or no memory. The logits are taken from `kept` if they are
+// there.
 template <class T>
-using Weigh = std::function<void(Tile<T>, Tile<T>, int64_t, int64_t)>;
+using Weigh = std::function<void(const Plan::Task&, Tile<T>, Tile<T>, int64_t, int64_t)>;
 template <class T>
 PairSums<T> weighted_sums(const Problem<T>& problem, const Weigh<T>& weigh, Wanted wanted,
                           const KeptTiles<T>& kept = {});

@@ -25,16 +25,15 @@ class TileWalk {
     const int64_t block = plan.query.block;
     spare_ = scratch.take<T>(kTileSlot, block * block);
     tile_.stride = block;
-    positive_ = tile_;
-    if (has_positives(problem)) positive_.s = scratch.take<T>(kPositiveSlot, block * block);
+    if (has_positives(problem)) positives_ = scratch.take<T>(kPositiveSlot, block * block);
     products_ = make_products(problem, block, block, scratch);
     T* const sums = scratch.take<T>(kSumSlot, 3 * block);
     std::fill_n(sums, 3 * block, T(0));
     unused_ = {{sums, sums + block}, sums + 2 * block};
   }
 
-  // body(tile, positive, query_begin, key_begin) for each tile; `lane` and `row` receive the positives' sums
-  // and counts where given.
+  // body(tile, positive, query_begin, key_begin) for each tile, without memory of `positive` where it holds
+  // none; `lane` and `row` receive the positives' sums and counts where given.
   template <class Body>
   void run(const State<T>* lane, const State<T>* row, const Body& body) {
     const Groups &query = plan_.query, &key = plan_.key;
@@ -64,10 +63,11 @@ class TileWalk {
     products_->logits(tile_);
     exclude_pairs(p, tile_, begin, key_begin, scratch_);
     if (!has_positives(p)) return;
-    positive_.rows = tile_.rows;
-    positive_.lanes = tile_.lanes;
-    split_pairs(p, tile_, positive_, begin, key_begin, lane ? lane->positive_sums(begin) : unused_,
-                row ? row->positive_sums(key_begin) : unused_, scratch_);
+    positive_ = tile_;
+    positive_.s = positives_;
+    if (!split_pairs(p, tile_, positive_, begin, key_begin, lane ? lane->positive_sums(begin) : unused_,
+                     row ? row->positive_sums(key_begin) : unused_, scratch_))
+      positive_.s = nullptr;
   }
 
   const Problem<T>& problem_;
@@ -77,8 +77,8 @@ class TileWalk {
   const KeptTiles<T>& kept_;
   const bool made_;
   std::unique_ptr<Products<T>> products_;
-  Tile<T> tile_, positive_;
-  T* spare_;
+  Tile<T> tile_, positive_ = {};
+  T *spare_, *positives_ = nullptr;
   PositiveSums<T> unused_;
 };
 

@@ -1,5 +1,7 @@
 #include "cpu/run/pair_rule.h"
 
+#include <algorithm>
+
 namespace fastcl::cpu {
 
 namespace {
@@ -63,13 +65,22 @@ class Members {
   uint8_t* table_;
 };
 
+// Whether the ranges of a tile's ids overlap: that of most tiles, where ids are numbers of rows, do not.
+bool may_meet(Ids ids, int64_t rows, int64_t lanes) {
+  const auto [lowest_row, highest_row] = std::minmax_element(ids.row, ids.row + rows);
+  const auto [lowest_lane, highest_lane] = std::minmax_element(ids.lane, ids.lane + lanes);
+  return *lowest_row <= *highest_lane && *lowest_lane <= *highest_row;
+}
+
 }  // namespace
 
 template <class T>
 void exclude_pairs(const Problem<T>& problem, Tile<T> tile, int64_t query_begin, int64_t key_begin,
                    Scratch& scratch) {
-  if (problem.exclude.row)
-    kernels<T>().exclude(tile, {problem.exclude.row + key_begin, problem.exclude.lane + query_begin});
+  if (problem.exclude.row) {
+    const Ids ids{problem.exclude.row + key_begin, problem.exclude.lane + query_begin};
+    if (may_meet(ids, tile.rows, tile.lanes)) kernels<T>().exclude(tile, ids);
+  }
   if (!problem.rule) return;
   const PairRule& rule = *problem.rule;
   uint8_t* const memory = scratch.take<uint8_t>(kRuleSlot, tile.rows * tile.stride);
@@ -88,22 +99,24 @@ void exclude_pairs(const Problem<T>& problem, Tile<T> tile, int64_t query_begin,
 }
 
 template <class T>
-void split_pairs(const Problem<T>& problem, Tile<T> tile, Tile<T> positive, int64_t query_begin,
+bool split_pairs(const Problem<T>& problem, Tile<T> tile, Tile<T> positive, int64_t query_begin,
                  int64_t key_begin, PositiveSums<T> lane, PositiveSums<T> row, Scratch& scratch) {
   const Kernels<T>& k = kernels<T>();
   if (problem.positive.row) {
-    k.split(tile, positive, {problem.positive.row + key_begin, problem.positive.lane + query_begin}, lane,
-            row);
-    return;
+    const Ids ids{problem.positive.row + key_begin, problem.positive.lane + query_begin};
+    if (!may_meet(ids, tile.rows, tile.lanes)) return false;
+    k.split(tile, positive, ids, lane, row);
+    return true;
   }
   Members members(tile, query_begin, key_begin, scratch.take<uint8_t>(kRuleSlot, tile.rows * tile.stride));
   members.add(problem.rule->positive);
   k.split_members(tile, positive, members.table(), lane, row);
+  return true;
 }
 
 #define FASTCL_INSTANTIATE(T)                                                                          \
   template void exclude_pairs<T>(const Problem<T>&, Tile<T>, int64_t, int64_t, Scratch&);              \
-  template void split_pairs<T>(const Problem<T>&, Tile<T>, Tile<T>, int64_t, int64_t, PositiveSums<T>, \
+  template bool split_pairs<T>(const Problem<T>&, Tile<T>, Tile<T>, int64_t, int64_t, PositiveSums<T>, \
                                PositiveSums<T>, Scratch&);
 FASTCL_INSTANTIATE(float)
 FASTCL_INSTANTIATE(double)

@@ -38,9 +38,9 @@ bool has_positives(const Problem<T>& problem) {
 template <class T>
 void exclude_pairs(const Problem<T>& problem, Tile<T> tile, int64_t query_begin, int64_t key_begin,
                    Scratch& scratch);
-// Moves the positives, as Kernels::split.
+// Moves the positives, as Kernels::split; false if there are none, with `positive` as it was.
 template <class T>
-void split_pairs(const Problem<T>& problem, Tile<T> tile, Tile<T> positive, int64_t query_begin,
+bool split_pairs(const Problem<T>& problem, Tile<T> tile, Tile<T> positive, int64_t query_begin,
                  int64_t key_begin, PositiveSums<T> lane, PositiveSums<T> row, Scratch& scratch);
 
 }  // namespace fastcl::cpu

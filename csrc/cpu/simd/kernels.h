@@ -150,9 +150,10 @@ struct Kernels {
   // Adds each lane's sum of softplus(logit + bias) over its negatives, and of softplus(-logit - bias) over
   // its positives, in log2 units; `positive`, which strides as the tile, may be null.
   void (*logistic_sums)(Tile<T> tile, const T* positive, const T* bias, Sum<T> negatives, Sum<T> positives);
-  // tile = sigmoid(logit + bias) * factor on negatives, sigmoid(-logit - bias) * factor on positives
+  // tile = sigmoid(logit + bias) * factor on negatives, sigmoid(-logit - bias) * factor on positives; where
+  // `total` is given, it receives the sums of softplus of both
   void (*logistic_weights)(Tile<T> tile, const T* positive, const T* bias, const T* negative_factor,
-                           const T* positive_factor);
+                           const T* positive_factor, Sum<T> total);
   // out += the lanes' sums
   void (*add_lane_sums)(Tile<T> tile, T* out);
 

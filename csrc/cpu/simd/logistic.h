@@ -18,18 +18,18 @@ Vec<T> log2_of_1_plus(Vec<T> t) {
   return s * series;
 }
 
-// log2(1 + 2^x), 0 below the smallest normal number.
+// Both from 2^-|x|: log2(1 + 2^x), 0 below the smallest normal number, and its derivative 1 / (1 + 2^-x).
 template <class T>
-Vec<T> softplus2(Vec<T> x) {
-  return maximum(x, Vec<T>{}) + log2_of_1_plus<T>(exp2(-maximum(x, -x)));
-}
+struct Logistic {
+  Vec<T> x, decay;
 
-// 1 / (1 + 2^-x)
-template <class T>
-Vec<T> sigmoid2(Vec<T> x) {
-  const Vec<T> decay = exp2(-maximum(x, -x)), larger = T(1) / (decay + T(1));
-  return x > T(0) ? larger : decay * larger;
-}
+  explicit Logistic(Vec<T> value) : x(value), decay(exp2(-maximum(value, -value))) {}
+  Vec<T> softplus2() const { return maximum(x, Vec<T>{}) + log2_of_1_plus<T>(decay); }
+  Vec<T> sigmoid2() const {
+    const Vec<T> larger = T(1) / (decay + T(1));
+    return x > T(0) ? larger : decay * larger;
+  }
+};
 
 // A vector of pairs: of the negatives their logits, of the positives minus theirs.
 template <class T>
@@ -48,15 +48,15 @@ void logistic_sums(Tile<T> tile, const T* positive, const T* bias, Sum<T> negati
   for (int64_t i = 0; i < vectors_of(tile) * kLanes<T>; i += kLanes<T>) {
     const Vec<T> offset = load(bias + i), zero = {};
     if (!positive) {
-      const Vec<T> sum =
-          sum_of_rows<T>(tile.rows, [&](int64_t r) { return softplus2<T>(load(tile.row(r) + i) + offset); });
+      const Vec<T> sum = sum_of_rows<T>(
+          tile.rows, [&](int64_t r) { return Logistic<T>(load(tile.row(r) + i) + offset).softplus2(); });
       add(negatives + i, sum, splat(T(1)));
       continue;
     }
     Vec<T> of_positives = {}, block = {};
     const Vec<T> of_negatives = sum_of_rows<T>(tile.rows, [&](int64_t r) {
       const SignedLogits<T> x = signed_logits<T>(tile.row(r) + i, positive + r * tile.stride + i, offset);
-      const Vec<T> value = softplus2<T>(x.value);
+      const Vec<T> value = Logistic<T>(x.value).softplus2();
       if (r % kSumRows == 0) {
         of_positives += block;
         block = zero;
@@ -71,18 +71,27 @@ void logistic_sums(Tile<T> tile, const T* positive, const T* bias, Sum<T> negati
 
 template <class T>
 void logistic_weights(Tile<T> tile, const T* positive, const T* bias, const T* negative_factor,
-                      const T* positive_factor) {
+                      const T* positive_factor, Sum<T> total) {
   for (int64_t i = 0; i < vectors_of(tile) * kLanes<T>; i += kLanes<T>) {
     const Vec<T> offset = load(bias + i), factor = load(negative_factor + i),
                  of_positive = load(positive_factor + i);
-    for (int64_t r = 0; r < tile.rows; r++) {
+    auto weigh = [&](int64_t r) {
       T* const s = tile.row(r) + i;
       if (!positive) {
-        store(s, sigmoid2<T>(load(s) + offset) * factor);
-        continue;
+        const Logistic<T> pair(load(s) + offset);
+        store(s, pair.sigmoid2() * factor);
+        return pair;
       }
       const SignedLogits<T> x = signed_logits<T>(s, positive + r * tile.stride + i, offset);
-      store(s, sigmoid2<T>(x.value) * (x.one_if_positive > T(0) ? of_positive : factor));
+      const Logistic<T> pair(x.value);
+      store(s, pair.sigmoid2() * (x.one_if_positive > T(0) ? of_positive : factor));
+      return pair;
+    };
+    if (total.sum) {
+      const Vec<T> sum = sum_of_rows<T>(tile.rows, [&](int64_t r) { return weigh(r).softplus2(); });
+      add(total + i, sum, splat(T(1)));
+    } else {
+      for (int64_t r = 0; r < tile.rows; r++) weigh(r);
     }
   }
 }

@@ -14,6 +14,7 @@ import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar
 
 import setuptools
 from setuptools import Command, Extension, setup
@@ -38,7 +39,9 @@ INSTRUCTION_SETS = {
 }
 VEC_TEST, TURNS_TEST = "csrc/cpu/test/vec_test.cpp", "csrc/cpu/test/turns_test.cpp"
 NEEDS_TORCH_HEADERS = "csrc/cpu/run/parallel.cpp"  # of the CPU's sources
-CPU_SOURCES = {str(path) for room in ("losses", "run", "simd") for path in Path("csrc/cpu", room).glob("*.cpp")}
+CPU_SOURCES = {
+    str(path) for room in ("losses", "run", "simd") for path in Path("csrc/cpu", room).glob("*.cpp")
+}
 CPU_SOURCES -= {KERNELS, BFLOAT16_KERNELS}
 # the last: as the tests run CUDA kernels
 SOURCES = sorted({*map(str, Path("csrc").glob("*.cpp")), *CPU_SOURCES, "csrc/cuda/host_ops.cpp"})
@@ -83,7 +86,10 @@ class KernelsTest(Command):
     """The CPU's kernels with their tests as a program, without torch and for any machine."""
 
     description = "build the program that tests the CPU's kernels: BUILD/kernels_test"
-    user_options = [("machine=", None, "as uname -m calls it; CXX compiles for it"), ("folder=", None, "BUILD")]
+    user_options: ClassVar = [
+        ("machine=", None, "as uname -m calls it; CXX compiles for it"),
+        ("folder=", None, "BUILD"),
+    ]
 
     def initialize_options(self):
         self.machine = platform.machine()
@@ -188,7 +194,8 @@ def build_rules(folder, library, cuda):
     from torch.utils.cpp_extension import include_paths, library_paths
 
     includes = [f"-isystem{path}" for path in include_paths()]
-    link = ["-shared", *SANITIZE, *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-ltorch", "-lc10"]
+    link = ["-shared", *SANITIZE, *(f"-L{path}" for path in library_paths())]
+    link += ["-ltorch_cpu", "-ltorch", "-lc10"]
     link += ["-l:libgcc.a"]  # conversions of half precision, which libgcc_s has from GCC 12 on only
     # the slowest first
     builds = [*level_builds(platform.machine()), *((source, source, []) for source in SOURCES)]

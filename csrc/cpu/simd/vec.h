@@ -87,7 +87,7 @@ inline void transpose(Vec<T> (&square)[kLanes<T>]) {
   }
 }
 
-// 2^x within an ulp, or 1.2 of them without fused multiply-adds, for x <= 120 or so; 0 below the smallest
+// 2^x within 1.2 ulp, 1 where multiply-adds are fused, for x <= 120 or so; 0 below the smallest
 // normal number; NaN for NaN.
 inline Vec<float> exp2(Vec<float> x) {
   typedef uint32_t Int __attribute__((vector_size(kVectorBytes)));  // which may overflow

@@ -33,7 +33,7 @@ struct Sums {
   }
 };
 
-int check(int64_t queries, int64_t keys, bool symmetric) {
+int check_plan(int64_t queries, int64_t keys, bool symmetric) {
   int failures = 0;
   const Plan plan = make_plan(queries, keys, symmetric);
   threads_of_the_test = 1;
@@ -67,8 +67,9 @@ int check(int64_t queries, int64_t keys, bool symmetric) {
 int main() {
   int failures = 0;
   for (const int64_t queries : {1, 64, 300, 1000, 5000, 20000}) {
-    failures += fastcl::cpu::check(queries, queries, true);
-    for (const int64_t keys : {1, 257, 4096, 30000}) failures += fastcl::cpu::check(queries, keys, false);
+    failures += fastcl::cpu::check_plan(queries, queries, true);
+    for (const int64_t keys : {1, 257, 4096, 30000})
+      failures += fastcl::cpu::check_plan(queries, keys, false);
   }
   std::printf("turns: %s\n", failures ? "FAILED" : "ok");
   return failures != 0;

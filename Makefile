@@ -8,6 +8,8 @@
 # make asan    the tests of the native code under AddressSanitizer and UndefinedBehaviorSanitizer
 # make wheel   a wheel for those without a compiler, under dist/
 # make cuda-code  the CUDA kernels' machine code: registers, spills, tensor-core instructions (needs nvcc)
+# make kernels  the CPU's kernels, without torch, against double precision on each instruction set of this machine
+# make arm64    the same compiled for arm64, under emulation (needs Debian's g++-aarch64-linux-gnu and qemu-user)
 # make tsan    the CPU's tasks, and the CUDA kernels on the host, under ThreadSanitizer, then under the other two
 # make quick   lint, types and the tests of an edit loop: those that compile no graph and start no trainer
 PYTHON ?= python3
@@ -17,7 +19,7 @@ BIN := $(VENV)/bin
 BUILD ?= auto
 NATIVE := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: demo test quick triton docs examples bench lint format asan tsan cuda-code wheel clean
+.PHONY: demo test quick triton docs examples bench lint format asan tsan kernels arm64 cuda-code wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastcl train simclr --data digits --out runs/digits --overwrite
@@ -76,7 +78,7 @@ asan: $(VENV)/.installed
 HOST_TEST = g++ -std=c++20 -O1 -g -Wall -Icsrc -pthread
 TORCH_HEADERS = -I$(shell $(BIN)/python -c "from torch.utils.cpp_extension import include_paths as p; print(p()[0])")
 host_test = $(TORCH_HEADERS) csrc/cuda/host_test.cpp
-turns_test = $(patsubst %,csrc/cpu/run/%.cpp,turns_test plan memory)
+turns_test = $(patsubst %,csrc/cpu/%.cpp,test/turns_test test/harness run/plan run/memory)
 tsan: $(VENV)/.installed
 	mkdir -p build
 	set -e; $(foreach test,turns_test host_test, \
@@ -84,6 +86,17 @@ tsan: $(VENV)/.installed
 	  setarch --addr-no-randomize build/$(test)_tsan; \
 	  $(HOST_TEST) $($(test)) -fsanitize=address,undefined -fno-sanitize-recover=all -o build/$(test)_asan; \
 	  build/$(test)_asan;)
+
+kernels: $(VENV)/.torch
+	$(BIN)/python setup.py -q kernels_test --folder build/kernels
+	build/kernels/kernels_test
+
+ARM64 = aarch64-linux-gnu
+arm64: $(VENV)/.torch
+	@for tool in $(ARM64)-g++ qemu-aarch64; do command -v $$tool >/dev/null || { \
+	  echo "make arm64 needs $$tool, which is not on the PATH (Debian: apt install g++-$(ARM64) qemu-user)"; exit 1; }; done
+	CXX=$(ARM64)-g++ $(BIN)/python setup.py -q kernels_test --machine aarch64 --folder build/arm64
+	qemu-aarch64 -L /usr/$(ARM64) build/arm64/kernels_test
 
 cuda-code: $(VENV)/.installed
 	$(call with_build,cuda,FASTCL_BUILD=cuda, \

@@ -6,6 +6,7 @@ UndefinedBehaviorSanitizer. Ninja compiles all sources in parallel, and again on
 """
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -13,33 +14,37 @@ import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar
 
 import setuptools
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CHOICES = ("none", "cpu", "cuda", "auto")
 BUILD = os.environ.get("FASTCL_BUILD", "auto")
 
 # one object per level from the same source; the level in use is chosen at run time
+KERNELS, BFLOAT16_KERNELS = "csrc/cpu/simd/kernels.cpp", "csrc/cpu/simd/bfloat16.cpp"
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # gcc 12 and 13 warn of their own intrinsics
-ISA_FLAGS = {
-    "generic": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": AVX512_FLAGS,
-    "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16", *QUIET],
-    "amx": [*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", *QUIET],
+INSTRUCTION_SETS = {
+    "x86_64": {
+        "generic": (KERNELS, []),
+        "avx2": (KERNELS, ["-mavx2", "-mfma", "-mf16c"]),
+        "avx512": (KERNELS, AVX512_FLAGS),
+        "avx512_bf16": (BFLOAT16_KERNELS, [*AVX512_FLAGS, "-mavx512bf16", *QUIET]),
+        "amx": (BFLOAT16_KERNELS, [*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", *QUIET]),
+    },
+    "aarch64": {"generic": (KERNELS, []), "neon": (KERNELS, ["-DFASTCL_NEON"])},
 }
-ISA_SOURCES = {
-    "csrc/cpu/simd/kernels.cpp": ("generic", "avx2", "avx512"),
-    "csrc/cpu/simd/bfloat16.cpp": ("avx512_bf16", "amx"),
+VEC_TEST, TURNS_TEST = "csrc/cpu/test/vec_test.cpp", "csrc/cpu/test/turns_test.cpp"
+NEEDS_TORCH_HEADERS = "csrc/cpu/run/parallel.cpp"  # of the CPU's sources
+CPU_SOURCES = {
+    str(path) for room in ("losses", "run", "simd") for path in Path("csrc/cpu", room).glob("*.cpp")
 }
-NOT_BUILT_IN = {*ISA_SOURCES, "csrc/cpu/run/turns_test.cpp"}
-SOURCES = [str(path) for folder in ("csrc", "csrc/cpu/*") for path in Path().glob(f"{folder}/*.cpp")]
-SOURCES = sorted(
-    {*SOURCES, "csrc/cuda/host_ops.cpp"} - NOT_BUILT_IN
-)  # the last: as the tests run CUDA kernels
+CPU_SOURCES -= {KERNELS, BFLOAT16_KERNELS}
+# the last: as the tests run CUDA kernels
+SOURCES = sorted({*map(str, Path("csrc").glob("*.cpp")), *CPU_SOURCES, "csrc/cuda/host_ops.cpp"})
 # compute_80 also as PTX, which newer GPUs compile for themselves
 CUDA_TARGETS = ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
@@ -47,11 +52,11 @@ CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-mat
 OLDEST_TORCH = (2, 11)
 STABLE_ABI = f"{OLDEST_TORCH[0]:#04x}{OLDEST_TORCH[1]:02x}000000000000"
 CXX_FLAGS += ["-Wall", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
-LINK_FLAGS = ["-shared"]
+SANITIZE = []
 if os.environ.get("FASTCL_SANITIZE") == "1":
     CXX_FLAGS[CXX_FLAGS.index("-O3")] = "-O1"  # half the time to build and test
-    CXX_FLAGS += ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"]
-    LINK_FLAGS += ["-fsanitize=address,undefined"]
+    SANITIZE = ["-fsanitize=address,undefined"]
+    CXX_FLAGS += [*SANITIZE, "-fno-omit-frame-pointer", "-g"]
 CXX = os.environ.get("CXX", "g++")
 NVCC = shutil.which("nvcc")
 NEEDS_SETUPTOOLS = 77  # the first that reads pyproject.toml's license
@@ -66,27 +71,60 @@ class Build(build_ext):
     """One shared library, of the sources once each and of the kernels once per instruction set."""
 
     def build_extension(self, ext):
-        check_tools()
+        check_torch()
+        check_tools(platform.machine())
         folder = Path(self.build_temp).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
         library = Path(self.get_ext_fullpath(ext.name)).absolute()
         library.parent.mkdir(parents=True, exist_ok=True)
-        rules = folder / "build.ninja"
-        text = build_rules(folder, library, with_cuda())
-        if not rules.exists() or rules.read_text() != text:
-            rules.write_text(text)
-        if self.force:
-            subprocess.run(
-                [sys.executable, "-m", "ninja", "--quiet", "-f", str(rules), "-t", "clean"], check=True
-            )
-        if subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-f", str(rules)]).returncode:
-            raise SystemExit("compiling fastcl failed; the compiler's errors are above")
+        run_ninja(folder, build_rules(folder, library, with_cuda()), self.force)
 
     def get_ext_filename(self, fullname):
         return fullname.replace(".", "/") + ".abi3.so"
 
 
-def check_tools():
+class KernelsTest(Command):
+    """The CPU's kernels with their tests as a program, without torch and for any machine."""
+
+    description = "build the program that tests the CPU's kernels: BUILD/kernels_test"
+    user_options: ClassVar = [
+        ("machine=", None, "as uname -m calls it; CXX compiles for it"),
+        ("folder=", None, "BUILD"),
+    ]
+
+    def initialize_options(self):
+        self.machine = platform.machine()
+        self.folder = "build/kernels_test"
+
+    def finalize_options(self):
+        self.folder = Path(self.folder).absolute()
+
+    def run(self):
+        check_tools(self.machine)
+        tests = {str(path) for path in Path("csrc/cpu/test").glob("*.cpp")} - {VEC_TEST, TURNS_TEST}
+        builds = [(source, source, []) for source in sorted(CPU_SOURCES - {NEEDS_TORCH_HEADERS} | tests)]
+        for name, source, flags in level_builds(self.machine):
+            builds.append((name, source, flags))
+            if source == KERNELS:
+                builds.append((name.replace(source, VEC_TEST), VEC_TEST, flags))
+        lines, objects = object_rules(self.folder, builds, [])
+        lines += link_rules(self.folder / "kernels_test", objects, ["-pthread", *SANITIZE])
+        run_ninja(self.folder, lines, False)
+
+
+def run_ninja(folder, lines, force):
+    """Build what the rules say, under ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rules, text = folder / "build.ninja", "\n".join(lines) + "\n"
+    if not rules.exists() or rules.read_text() != text:
+        rules.write_text(text)
+    ninja = [sys.executable, "-m", "ninja", "--quiet", "-f", str(rules)]
+    if force:
+        subprocess.run([*ninja, "-t", "clean"], check=True)
+    if subprocess.run(ninja).returncode:
+        raise SystemExit("compiling fastcl failed; the compiler's errors are above")
+
+
+def check_torch():
     """End with a line that says what to install."""
     if find_spec("torch") is None:
         raise SystemExit(NEEDS_TORCH)
@@ -94,6 +132,15 @@ def check_tools():
     if tuple(int(part) for part in torch_version.split(".")[:2]) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise SystemExit(f"fastcl needs torch {oldest} or newer, this is {torch_version}: upgrade it first")
+
+
+def check_tools(machine):
+    """The same of what compiles for ``machine``."""
+    if machine not in INSTRUCTION_SETS:
+        raise SystemExit(
+            f"fastcl's kernels are for {' and '.join(INSTRUCTION_SETS)}, this is {machine}: "
+            "install without kernels by FASTCL_BUILD=none"
+        )
     if find_spec("ninja") is None:
         raise SystemExit("fastcl's build needs ninja: pip install ninja")
     if shutil.which(CXX) is None:
@@ -110,47 +157,64 @@ def with_cuda():
     return BUILD == "cuda" or (BUILD == "auto" and cuda is not None and NVCC is not None)
 
 
-def build_rules(folder, library, cuda):
-    """What ninja reads."""
-    from torch.utils.cpp_extension import include_paths, library_paths
+def level_builds(machine):
+    """Name, source and flags of the kernels' objects, one per instruction set."""
+    return [
+        (f"{source}.{level}", source, [*flags, f"-DFASTCL_ISA={level}"])
+        for level, (source, flags) in INSTRUCTION_SETS[machine].items()
+    ]
 
-    includes = [f"-I{Path('csrc').absolute()}", *(f"-isystem{path}" for path in include_paths())]
-    link = [*LINK_FLAGS, *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-ltorch", "-lc10"]
-    link += ["-l:libgcc.a"]  # conversions of half precision, which libgcc_s has from GCC 12 on only
-    builds = [(source, source, []) for source in SOURCES]
-    for source, levels in ISA_SOURCES.items():
-        builds += [
-            (f"{source}.{level}", source, [*ISA_FLAGS[level], f"-DFASTCL_ISA={level}"]) for level in levels
-        ]
-    # the slowest first
-    builds.sort(key=lambda build: build[1] not in ISA_SOURCES)
+
+def object_rules(folder, builds, includes):
+    """What ninja reads of objects with their name, source and flags; and the objects."""
+    flags = [*CXX_FLAGS, f"-I{Path('csrc').absolute()}", *includes]
     lines = [
         f"builddir = {folder}",
-        f"cxxflags = {' '.join([*CXX_FLAGS, *includes])}",
+        f"cxxflags = {' '.join(flags)}",
         f"rule cxx\n  command = {CXX} $cxxflags $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = $in $flags",
     ]
     objects = []
-    if cuda:
-        builds.append(("csrc/cuda/device_ops.cpp", "csrc/cuda/device_ops.cpp", []))
-        objects.append(str(folder / "device.o"))
-        targets = [f"-gencode={target}" for target in CUDA_TARGETS]
-        nvcc = [NVCC, *NVCC_FLAGS, *(flag.replace("-isystem", "-I") for flag in includes), "--threads", "0"]
-        lines += [
-            f"rule nvcc\n  command = {' '.join([*nvcc, *targets])} -MMD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d\n  deps = gcc",
-            f"build {objects[0]}: nvcc {Path('csrc/cuda/device.cu').absolute()}",
-        ]
-        # static, and it finds the driver at run time, so that the library loads where there is none
-        link += [f"-L{cuda_libraries()}", "-lcudart_static", "-ldl", "-lrt"]
     for name, source, flags in builds:
         objects.append(str(folder / f"{name.replace('/', '.')}.o"))
         lines.append(f"build {objects[-1]}: cxx {Path(source).absolute()}\n  flags = {' '.join(flags)}")
-    lines += [
-        f"rule link\n  command = {CXX} $in -o $out {' '.join(link)}",
-        f"build {library}: link {' '.join(objects)}",
+    return lines, objects
+
+
+def link_rules(result, objects, flags):
+    """The same of what is linked."""
+    return [
+        f"rule link\n  command = {CXX} $in -o $out {' '.join(flags)}",
+        f"build {result}: link {' '.join(objects)}",
     ]
-    return "\n".join(lines) + "\n"
+
+
+def build_rules(folder, library, cuda):
+    """The same of the extension."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    includes = [f"-isystem{path}" for path in include_paths()]
+    link = ["-shared", *SANITIZE, *(f"-L{path}" for path in library_paths())]
+    link += ["-ltorch_cpu", "-ltorch", "-lc10"]
+    link += ["-l:libgcc.a"]  # conversions of half precision, which libgcc_s has from GCC 12 on only
+    # the slowest first
+    builds = [*level_builds(platform.machine()), *((source, source, []) for source in SOURCES)]
+    if cuda:
+        builds.append(("csrc/cuda/device_ops.cpp", "csrc/cuda/device_ops.cpp", []))
+    lines, objects = object_rules(folder, builds, includes)
+    if cuda:
+        objects.append(str(folder / "device.o"))
+        targets = [f"-gencode={target}" for target in CUDA_TARGETS]
+        nvcc = [NVCC, *NVCC_FLAGS, f"-I{Path('csrc').absolute()}"]
+        nvcc += [*(flag.replace("-isystem", "-I") for flag in includes), "--threads", "0"]
+        lines += [
+            f"rule nvcc\n  command = {' '.join([*nvcc, *targets])} -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d\n  deps = gcc",
+            f"build {objects[-1]}: nvcc {Path('csrc/cuda/device.cu').absolute()}",
+        ]
+        # static, and it finds the driver at run time, so that the library loads where there is none
+        link += [f"-L{cuda_libraries()}", "-lcudart_static", "-ldl", "-lrt"]
+    return [*lines, *link_rules(library, objects, link)]
 
 
 def cuda_libraries():
@@ -172,7 +236,7 @@ def extensions():
     return [
         Extension(
             "fastcl._native",
-            [*SOURCES, *ISA_SOURCES],
+            [*SOURCES, KERNELS, BFLOAT16_KERNELS],
             depends=[str(path) for path in Path("csrc").rglob("*.*")],
             py_limited_api=True,
         )
@@ -186,7 +250,7 @@ if int(setuptools.__version__.partition(".")[0]) < NEEDS_SETUPTOOLS:
     )
 setup(
     ext_modules=extensions(),
-    cmdclass={"build_ext": Build},
+    cmdclass={"build_ext": Build, "kernels_test": KernelsTest},
     # ops on torch's stable ABI: the file knows no Python at all, and the tag must name the oldest
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if BUILD != "none" else {},
 )

@@ -47,8 +47,13 @@ def _build(folder, code="", **settings):
             {},
             "pip install torch --index-url https://download.pytorch.org/whl/cpu    # without a GPU",
         ),
+        (
+            "import platform; platform.machine = lambda: 'riscv64'",
+            {},
+            "kernels are for x86_64 and aarch64, this is riscv64: install without kernels",
+        ),
     ],
-    ids=["no compiler", "unknown build", "old setuptools", "old torch", "no torch"],
+    ids=["no compiler", "unknown build", "old setuptools", "old torch", "no torch", "unknown machine"],
 )
 def test_what_is_missing_is_said(tmp_path, code, settings, message):
     assert message in _build(tmp_path, code, **settings)

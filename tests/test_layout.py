@@ -122,6 +122,28 @@ def test_the_order_of_the_statistics_is_said_once():
         assert not {int(x) for x in re.findall(r"(?<![\w.])\d+(?![\w.])", code)} & layouts, name
 
 
+def _native_lines(pattern):
+    """The C++ files that say ``pattern``, comments aside."""
+    return {
+        str(path.relative_to(TREE / "csrc"))
+        for path in NATIVE
+        if re.search(pattern, re.sub(r"//.*", "", path.read_text()))
+    }
+
+
+def test_threads_are_had_through_one_header():
+    """Torch's threads: no OpenMP of our own beside them."""
+    assert _native_lines(r"[Pp]ragma\W+omp\b|<omp\.h>|\bomp_\w+\s*\(") <= {"cpu/run/parallel.h"}
+    assert _native_lines(r"torch::stable::parallel_for") == {"cpu/run/parallel.cpp"}
+
+
+def test_intrinsics_are_had_through_their_architecture_alone():
+    assert _native_lines(r"<immintrin\.h>") == {"cpu/simd/x86.h", "cpu/simd/pair_product.h"}
+    assert _native_lines(r"<arm_neon\.h>") == {"cpu/simd/neon.h"}
+    x86 = {"cpu/simd/x86.h", "cpu/simd/pair_product.h", "cpu/simd/bfloat16.cpp"}
+    assert _native_lines(r"\b_mm\d*_|\b__m\d+\w*\b") == x86
+
+
 def test_every_room_is_packaged():
     packages = (TREE / "pyproject.toml").read_text()
     for folder in {path.parent for path in ROOT.rglob("*.py")}:

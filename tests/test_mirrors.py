@@ -49,7 +49,16 @@ ENUMERATIONS = {
         {name.lower(): getattr(one_positive, name) for name in LAYOUTS},
     ),
     "precisions": ("cpu/run/unit_rows.h", "enum class Precision", numerics._PRECISIONS),
-    "instruction sets": ("cpu/simd/isa.h", "enum class Isa", numbered(native.ISA_LEVELS)),
+    "instruction sets": (
+        "cpu/simd/isa.h",
+        r"#else\s*enum class Isa",
+        numbered(native._LEVELS["x86_64"]),
+    ),
+    "instruction sets, arm64": (
+        "cpu/simd/isa.h",
+        r"__aarch64__\)\s*enum class Isa",
+        numbered(native._LEVELS["aarch64"]),
+    ),
 }
 
 

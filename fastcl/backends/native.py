@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import torch
 
 from fastcl.similarity.checks import check_choice
 
-ISA_LEVELS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
+_LEVELS = {
+    "x86_64": ("generic", "avx2", "avx512", "avx512_bf16", "amx"),
+    "aarch64": ("generic", "neon"),
+}
+ISA_LEVELS = _LEVELS.get(platform.machine(), ("generic",))
 
 _LIBRARY = Path(__file__).parents[1] / "_native.abi3.so"
 

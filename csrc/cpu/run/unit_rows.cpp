@@ -84,8 +84,7 @@ int bfloat16_parts(std::initializer_list<DType> dtypes, Precision precision) {
   }
   if (!bfloat16_kernels() || !rounded) return 0;
   if (exact || precision == Precision::medium) return 1;
-  // three products on other units would take longer than one of float32
-  return precision == Precision::high && current_isa() == Isa::amx ? 2 : 0;
+  return precision == Precision::high && split_products_are_faster() ? 2 : 0;
 }
 
 bool products_fit(const float* inverse, int64_t count) {

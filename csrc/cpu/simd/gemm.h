@@ -8,6 +8,8 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kMicroRows = 12;  // 24 accumulators of 32 registers
+#elif defined(FASTCL_NEON)
+constexpr int kMicroRows = 10;  // 20 of 32: broadcasts are loaded into registers first
 #else
 constexpr int kMicroRows = 6;  // 12 of 16
 #endif

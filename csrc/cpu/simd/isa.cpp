@@ -1,13 +1,21 @@
 #include "cpu/simd/isa.h"
 
+#include <atomic>
+
+#if defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
-
-#include <atomic>
+#endif
 
 namespace fastcl::cpu {
 
 namespace {
+
+#if defined(__aarch64__)
+
+Isa find_best_isa() { return Isa::neon; }  // which all of this architecture have
+
+#else
 
 // Linux lets a process use the tiles once it has asked.
 bool request_tiles() {
@@ -27,6 +35,8 @@ Isa find_best_isa() {
   return amx && request_tiles() ? Isa::amx : Isa::avx512_bf16;
 }
 
+#endif
+
 }  // namespace
 
 Isa best_isa() {
@@ -40,6 +50,23 @@ std::atomic<Isa> current{best_isa()};
 
 Isa current_isa() { return current; }
 void force_isa(Isa isa) { current = isa; }
+
+#if defined(__aarch64__)
+
+template <>
+const Kernels<float>& kernels<float>() {
+  return current_isa() == Isa::neon ? *kernels_float_neon() : *kernels_float_generic();
+}
+
+template <>
+const Kernels<double>& kernels<double>() {
+  return current_isa() == Isa::neon ? *kernels_double_neon() : *kernels_double_generic();
+}
+
+const BFloat16Kernels* bfloat16_kernels() { return nullptr; }
+bool split_products_are_faster() { return false; }
+
+#else
 
 template <>
 const Kernels<float>& kernels<float>() {
@@ -60,5 +87,8 @@ const BFloat16Kernels* bfloat16_kernels() {
   if (isa < Isa::avx512_bf16) return nullptr;
   return isa == Isa::amx ? bfloat16_kernels_amx() : bfloat16_kernels_avx512_bf16();
 }
+bool split_products_are_faster() { return current_isa() == Isa::amx; }
+
+#endif
 
 }  // namespace fastcl::cpu

@@ -39,7 +39,7 @@ void load_rows(T* dst, int64_t dst_stride, const void* src, DType dtype, int64_t
     case DType::float32:
       return convert(static_cast<const float*>(src));
     case DType::float16:
-      return convert(static_cast<const _Float16*>(src));
+      return convert(static_cast<const Float16*>(src));
     case DType::bfloat16:
       return convert(static_cast<const BFloat16*>(src));
   }

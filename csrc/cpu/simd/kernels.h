@@ -178,8 +178,10 @@ struct Kernels {
 const Kernels<float>* kernels_float_generic();
 const Kernels<float>* kernels_float_avx2();
 const Kernels<float>* kernels_float_avx512();
+const Kernels<float>* kernels_float_neon();
 const Kernels<double>* kernels_double_generic();
 const Kernels<double>* kernels_double_avx2();
 const Kernels<double>* kernels_double_avx512();
+const Kernels<double>* kernels_double_neon();
 
 }  // namespace fastcl::cpu

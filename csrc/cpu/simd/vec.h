@@ -1,8 +1,6 @@
 // Vectors of the instruction set this file is compiled for, by the compiler's vector extension.
 #pragma once
 
-#include <immintrin.h>
-
 #include <cstdint>
 #include <type_traits>
 
@@ -15,6 +13,12 @@ constexpr int kVectorBytes = 64;
 constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
+#endif
+
+#if defined(__aarch64__)
+using Float16 = __fp16;  // in C++ the compiler knows _Float16 there from GCC 13 on
+#else
+using Float16 = _Float16;
 #endif
 
 template <class T>
@@ -83,27 +87,8 @@ inline void transpose(Vec<T> (&square)[kLanes<T>]) {
   }
 }
 
-// A bit per lane: not (a <= b), so that NaN counts as above.
-inline uint32_t not_at_most(Vec<float> a, Vec<float> b) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLE_UQ);
-#elif defined(__AVX2__)
-  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLE_UQ));
-#else
-  return _mm_movemask_ps(_mm_cmpnle_ps((__m128)a, (__m128)b));
-#endif
-}
-inline uint32_t not_at_most(Vec<double> a, Vec<double> b) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_NLE_UQ);
-#elif defined(__AVX2__)
-  return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_NLE_UQ));
-#else
-  return _mm_movemask_pd(_mm_cmpnle_pd((__m128d)a, (__m128d)b));
-#endif
-}
-
-// 2^x within an ulp for x <= 120 or so; 0 below the smallest normal number; NaN for NaN.
+// 2^x within 1.2 ulp, 1 where multiply-adds are fused, for x <= 120 or so; 0 below the smallest
+// normal number; NaN for NaN.
 inline Vec<float> exp2(Vec<float> x) {
   typedef uint32_t Int __attribute__((vector_size(kVectorBytes)));  // which may overflow
   const float round = 0x1.8p23f;
@@ -144,3 +129,11 @@ inline Vec<double> exp2(Vec<double> x) {
 
 }  // namespace
 }  // namespace fastcl::cpu
+
+#if defined(__x86_64__)
+#include "cpu/simd/x86.h"
+#elif defined(FASTCL_NEON)
+#include "cpu/simd/neon.h"
+#else
+#include "cpu/simd/portable.h"
+#endif

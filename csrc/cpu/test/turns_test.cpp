@@ -1,39 +1,13 @@
 // Tasks that take turns on threads of their own, as a program for the thread and address sanitizers, which a
 // whole torch does not survive.
 #include <cstdio>
-#include <exception>
-#include <mutex>
 #include <stdexcept>
-#include <thread>
 #include <vector>
 
 #include "cpu/run/plan.h"
+#include "cpu/test/harness.h"
 
 namespace fastcl::cpu {
-
-namespace {
-int64_t threads_of_the_test = 1;
-}
-
-int64_t thread_count() { return threads_of_the_test; }
-
-void on_threads(int64_t threads, const std::function<void()>& work) {
-  std::exception_ptr error;
-  std::mutex mutex;
-  auto guarded = [&] {
-    try {
-      work();
-    } catch (...) {
-      const std::lock_guard<std::mutex> lock(mutex);
-      error = std::current_exception();
-    }
-  };
-  std::vector<std::thread> others;
-  for (int64_t i = 1; i < threads; i++) others.emplace_back(guarded);
-  guarded();
-  for (std::thread& other : others) other.join();
-  if (error) std::rethrow_exception(error);
-}
 
 namespace {
 
@@ -59,7 +33,7 @@ struct Sums {
   }
 };
 
-int check(int64_t queries, int64_t keys, bool symmetric) {
+int check_plan(int64_t queries, int64_t keys, bool symmetric) {
   int failures = 0;
   const Plan plan = make_plan(queries, keys, symmetric);
   threads_of_the_test = 1;
@@ -93,8 +67,9 @@ int check(int64_t queries, int64_t keys, bool symmetric) {
 int main() {
   int failures = 0;
   for (const int64_t queries : {1, 64, 300, 1000, 5000, 20000}) {
-    failures += fastcl::cpu::check(queries, queries, true);
-    for (const int64_t keys : {1, 257, 4096, 30000}) failures += fastcl::cpu::check(queries, keys, false);
+    failures += fastcl::cpu::check_plan(queries, queries, true);
+    for (const int64_t keys : {1, 257, 4096, 30000})
+      failures += fastcl::cpu::check_plan(queries, keys, false);
   }
   std::printf("turns: %s\n", failures ? "FAILED" : "ok");
   return failures != 0;

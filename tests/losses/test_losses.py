@@ -67,6 +67,28 @@ def test_negative_temperature_and_scale(loss, backend):
 
 
 @pytest.mark.skipif(testing.INTERPRETED, reason="Triton's kernels take no masks")
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("variant", ["out", "in"])
+@pytest.mark.parametrize(("samples", "views"), [(1, 2), (13, 3), (210, 3), (300, 1)])
+def test_masks_of_several_tiles(samples, views, variant, symmetric, backend):
+    """Views repeat a mask, whose end falls anywhere in a tile; a symmetric one may take half the products."""
+    generator = torch.Generator().manual_seed(samples)
+    features = torch.randn(samples, views, 6, generator=generator, dtype=torch.float64)
+    mask = torch.rand(samples, samples, generator=generator) < 0.2
+    mask = mask | mask.T if symmetric else mask
+    for laid_out in (mask, mask.T, mask.repeat(1, 2)[:, : 2 * samples : 2]):
+
+        def product(x, mask=laid_out):
+            return fastcl.sup_con(x, mask=mask, variant=variant, temperature=0.3)
+
+        def formula(x, mask=laid_out):
+            return formulas.sup_con(x, mask=mask, variant=variant, temperature=0.3)
+
+        got, exact = (testing.value_and_grads(f, [features]) for f in (product, formula))
+        torch.testing.assert_close(got, exact)
+
+
+@pytest.mark.skipif(testing.INTERPRETED, reason="Triton's kernels take no masks")
 @pytest.mark.parametrize("name", MASKED)
 def test_asymmetric_mask(name):
     for kind in PAIR_KINDS:

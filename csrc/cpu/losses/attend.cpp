@@ -7,8 +7,9 @@ namespace fastcl::cpu {
 
 namespace {
 
-constexpr int64_t kKeyRows = 192;    // keys per tile
-constexpr int64_t kStripLanes = 64;  // queries per strip: it should stay in the cache
+constexpr int64_t kKeyRows = 192;                  // keys per tile
+constexpr int64_t kStripLanes = 64;                // queries per strip: it should stay in the cache
+constexpr int64_t kStripBytes = int64_t{4} << 20;  // beyond, it does not, and is twice as wide
 constexpr int64_t kMaxStrip = int64_t{16} << 20;
 
 template <class T>
@@ -89,8 +90,15 @@ Attended<T> attend(const Problem<T>& problem, Selector<T>* selector) {
 }
 
 template <class T>
+int64_t strip_lanes(const Problem<T>& problem) {
+  const bool wide = problem.key.count * kStripLanes * static_cast<int64_t>(sizeof(T)) >= kStripBytes &&
+                    problem.query.count >= 4 * kStripLanes;
+  return wide ? 2 * kStripLanes : kStripLanes;
+}
+
+template <class T>
 bool strips_fit(const Problem<T>& problem) {
-  return problem.key.count * kStripLanes * static_cast<int64_t>(sizeof(T)) <= kMaxStrip &&
+  return problem.key.count * strip_lanes(problem) * static_cast<int64_t>(sizeof(T)) <= kMaxStrip &&
          problem.query.count >= 2 * kStripLanes;
 }
 
@@ -98,7 +106,7 @@ template <class T>
 AttendedKeys<T> attend_with_keys(const Problem<T>& problem, const std::function<T(int64_t, T, T)>& factor) {
   const int64_t queries = problem.query.count, keys = problem.key.count;
   const int64_t width = round_up(problem.query.width, kernels<T>().vector);
-  const int64_t block = kStripLanes, blocks = ceil_div(queries, block);
+  const int64_t block = strip_lanes(problem), blocks = ceil_div(queries, block);
   AttendedKeys<T> result{{make_state<T>(queries), make_partials<T>(1, queries, width)},
                          make_partials<T>(1, keys, width)};
   Turns turns(ceil_div(keys, kKeyRows));  // the strips add to the keys of a tile one after the other

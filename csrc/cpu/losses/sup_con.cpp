@@ -39,7 +39,7 @@ class SupConLoss {
     problem_.query = query_.as_rows();
     problem_.key = args.own_keys() ? problem_.query : key_.as_rows();
     problem_.scale2 = static_cast<T>(args.scale * kLog2E);
-    problem_.symmetric = args.symmetric();
+    problem_.symmetric = args.own_keys() && (!args.positive.data || is_symmetric(args.positive));
     if constexpr (std::is_same_v<T, float>)
       if (args.scale != 0)
         bfloat16_ = bfloat16_sides({args.query}, query_, args.own_keys() ? nullptr : &args.key, &key_,
@@ -58,13 +58,15 @@ class SupConLoss {
 
   void run() {
     const int64_t rows = query_.count;
-    const SideWeights<T> weights = weigh(statistics(problem_, false).rows);
-    const bool query_wanted = result_.query || result_.scale;
-    if (!query_wanted && !result_.key) return;
+    const bool query_wanted = result_.query || result_.scale, gradients = query_wanted || result_.key;
+    const KeptTiles<T> kept = gradients ? make_kept_tiles(problem_) : KeptTiles<T>{};
+    const SideWeights<T> weights = weigh(statistics(problem_, false, kept).rows);
+    if (!gradients) return;
     // a row is also a key, whose gradient a symmetric problem's sums hold already
-    const bool both_roles = query_wanted && args_.own_keys() && !args_.symmetric();
-    const PairSums<T> sums = pair_sums(
-        problem_, weights, {}, {query_wanted, result_.key || both_roles, false, result_.scale != nullptr});
+    const bool both_roles = query_wanted && args_.own_keys() && !problem_.symmetric;
+    const PairSums<T> sums =
+        pair_sums(problem_, weights, {},
+                  {query_wanted, result_.key || both_roles, false, result_.scale != nullptr}, kept);
     const T scale = static_cast<T>(args_.scale);
     if (query_wanted) {
       const Buffer<T> radial = allocate<T>(rows);

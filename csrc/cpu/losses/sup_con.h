@@ -18,7 +18,6 @@ struct SupCon {
   Precision precision;
 
   bool own_keys() const { return !key.data; }
-  bool symmetric() const { return own_keys() && !positive.data; }
 };
 
 // Where results go; gradients are for an incoming gradient of 1, null where not wanted.

@@ -48,8 +48,9 @@ class TileWalk {
         tile_.rows = std::min(key.block, key.count - key_begin);
         products_->set_rows(key_begin, tile_.rows);
         T* const kept = kept_.tile(i, j);
-        tile_.s = kept ? kept : spare_;
-        if (!kept || !made_) make_logits(begin, key_begin, lane, plan_.symmetric && i == j ? nullptr : row);
+        tile_.s = kept && !positives_ ? kept : spare_;
+        if (tile_.s == spare_ || !made_)
+          make_logits(kept, begin, key_begin, lane, plan_.symmetric && i == j ? nullptr : row);
         body(tile_, positive_, begin, key_begin);
       }
     }
@@ -58,9 +59,13 @@ class TileWalk {
   Products<T>& products() { return *products_; }
 
  private:
-  void make_logits(int64_t begin, int64_t key_begin, const State<T>* lane, const State<T>* row) {
+  // What is kept of a problem with positives are the logits of all pairs: the rule is applied to a copy.
+  void make_logits(T* kept, int64_t begin, int64_t key_begin, const State<T>* lane, const State<T>* row) {
     const Problem<T>& p = problem_;
-    products_->logits(tile_);
+    Tile<T> all = tile_;
+    if (kept) all.s = kept;
+    if (!kept || !made_) products_->logits(all);
+    if (all.s != tile_.s) std::copy_n(all.s, all.rows * all.stride, tile_.s);
     exclude_pairs(p, tile_, begin, key_begin, scratch_);
     if (!has_positives(p)) return;
     positive_ = tile_;

@@ -1,6 +1,7 @@
 #include "cpu/run/pair_rule.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace fastcl::cpu {
 
@@ -31,11 +32,13 @@ class Members {
         row(r)[l] |= (ids.row[key_begin_ + r] == ids.lane[query_begin_ + l]) == equal;
   }
   void add(const Mask& mask) {
-    for (int64_t l = 0; l < lanes_; l++) {
-      const uint8_t* of_query = mask.data + (query_begin_ + l) % mask.queries * mask.query_stride;
-      for (int64_t r = 0, key = key_begin_ % mask.keys; r < rows_; r++) {
-        row(r)[l] |= of_query[key * mask.key_stride] != 0;
-        key = key + 1 == mask.keys ? 0 : key + 1;
+    for (int64_t l = 0, lanes; l < lanes_; l += lanes) {  // up to where the mask repeats
+      const int64_t query = (query_begin_ + l) % mask.queries;
+      lanes = std::min(lanes_ - l, mask.queries - query);
+      for (int64_t r = 0, rows; r < rows_; r += rows) {
+        const int64_t key = (key_begin_ + r) % mask.keys;
+        rows = std::min(rows_ - r, mask.keys - key);
+        add_part(mask, query, key, l, lanes, r, rows);
       }
     }
   }
@@ -59,6 +62,42 @@ class Members {
   const uint8_t* table() const { return table_; }
 
  private:
+  void add_part(const Mask& mask, int64_t query, int64_t key, int64_t lane, int64_t lanes, int64_t first_row,
+                int64_t rows) {
+    const bool in_squares = mask.key_stride == 1;
+    const int64_t square_lanes = in_squares ? lanes / 8 * 8 : 0, square_rows = rows / 8 * 8;
+    for (int64_t l = 0; l < lanes; l++) {
+      const uint8_t* of_query = mask.data + (query + l) * mask.query_stride + key * mask.key_stride;
+      if (l < square_lanes && l % 8 == 0)
+        for (int64_t r = 0; r < square_rows; r += 8)
+          add_square(of_query + r, mask.query_stride, first_row + r, lane + l);
+      for (int64_t r = l < square_lanes ? square_rows : 0; r < rows; r++)
+        row(first_row + r)[lane + l] |= of_query[r * mask.key_stride] != 0;
+    }
+  }
+
+  // 8 by 8 bytes of a mask, transposed by swapping ever larger blocks across the diagonal.
+  void add_square(const uint8_t* mask, int64_t query_stride, int64_t r, int64_t l) {
+    uint64_t lane[8];
+    for (int i = 0; i < 8; i++) std::memcpy(&lane[i], mask + i * query_stride, 8);
+    constexpr uint64_t kLow[] = {0x00ff00ff00ff00ff, 0x0000ffff0000ffff, 0x00000000ffffffff};
+    for (int step = 0; step < 3; step++) {
+      const int half = 1 << step, shift = 8 << step;
+      for (int i = 0; i < 8; i++) {
+        if (i & half) continue;
+        const uint64_t a = lane[i], b = lane[i + half];
+        lane[i] = (a & kLow[step]) | (b & kLow[step]) << shift;
+        lane[i + half] = (a >> shift & kLow[step]) | (b & ~kLow[step]);
+      }
+    }
+    for (int i = 0; i < 8; i++) {
+      uint64_t before;
+      std::memcpy(&before, row(r + i) + l, 8);
+      before |= lane[i];
+      std::memcpy(row(r + i) + l, &before, 8);
+    }
+  }
+
   uint8_t* row(int64_t r) const { return table_ + r * stride_; }
 
   int64_t rows_, lanes_, stride_, query_begin_, key_begin_;
@@ -73,6 +112,20 @@ bool may_meet(Ids ids, int64_t rows, int64_t lanes) {
 }
 
 }  // namespace
+
+bool is_symmetric(const Mask& mask) {
+  constexpr int64_t kBlock = 64;  // rows and columns whose bytes the cache holds
+  const int64_t n = mask.queries;
+  if (n != mask.keys) return false;
+  auto at = [&](int64_t i, int64_t j) { return mask.data[i * mask.query_stride + j * mask.key_stride] != 0; };
+  for (int64_t first = 0; first < n; first += kBlock)
+    for (int64_t i = first; i < n; i++) {
+      bool differs = false;
+      for (int64_t j = first; j < std::min(first + kBlock, i); j++) differs |= at(i, j) != at(j, i);
+      if (differs) return false;
+    }
+  return true;
+}
 
 template <class T>
 void exclude_pairs(const Problem<T>& problem, Tile<T> tile, int64_t query_begin, int64_t key_begin,

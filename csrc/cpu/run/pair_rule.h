@@ -13,6 +13,8 @@ struct Mask {
   int64_t queries, keys, query_stride, key_stride;
 };
 
+bool is_symmetric(const Mask& mask);
+
 // Pairs of which any description suffices: equal ids, or a mask.
 struct PairSets {
   std::vector<Ids> ids;

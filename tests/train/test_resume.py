@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,9 @@ from fastcl.train.checkpoints import write_atomically
 FASTCL = Path(sys.executable).parent / "fastcl"
 OPTIONS = ("--data=digits", "--width=4", "--batch-size=256", "--limit=512")
 TWO = ("--devices=2", "--accelerator=cpu")
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SMALL = {"data": "digits", "width": 4, "batch_size": 256, "limit": 512}
 OWN = {
-    "moco-v3": {"hidden": 16, "arch": "vit_tiny", "temperature_end": 0.1},
+    "moco-v3": {"hidden": 16, "arch": "vit_tiny", "temperature_end": 0.1, "batch_size": 64, "limit": 128},
     "dino": {"hidden": 16, "prototypes": 24, "target_temperature_end": 0.07},
     "pcl": {"clusters": "16,8", "cluster_from_epoch": 1, "temperature_end": 0.1},
     "cmc": {"noise": 8, "batch_size": 8, "arch": "resnet8", "warmup_epochs": 0},
@@ -64,6 +64,15 @@ def wait_for_epoch(process: subprocess.Popen[str], epoch: int) -> None:
     raise AssertionError(f"ended before epoch {epoch}: {process.communicate()[1]}")
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """As the processes have."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def metrics(out: Path) -> str:
     return (out / "metrics.csv").read_text()
 
@@ -76,14 +85,15 @@ def losses(out: Path) -> list[float]:
 class TestResume:
     def test_a_run_killed_at_any_moment_ends_like_one_that_was_not(self, tmp_path: Path) -> None:
         whole, killed = tmp_path / "whole", tmp_path / "killed"
-        undisturbed = start(whole, "moco", "--epochs=4")
         process = start(killed, "moco", "--epochs=4", "--resume")
+        with one_thread():
+            prepare("moco", out=whole, epochs=4, **SMALL).fit()
         wait_for_epoch(process, 2)
         time.sleep(0.1)
         process.kill()
         process.communicate()
-        finish(start(killed, "moco", "--epochs=4", "--resume"))
-        finish(undisturbed)
+        with one_thread():
+            prepare("moco", out=killed, epochs=4, resume=True, **SMALL).fit()
         assert metrics(killed) == metrics(whole)
         states = (torch.load(out / "moco.ckpt", weights_only=True)["state_dict"] for out in (killed, whole))
         for (name, resumed), (_, expected) in zip(*(state.items() for state in states), strict=True):
@@ -220,16 +230,15 @@ class TestStopping:
         assert len(losses(tmp_path)) == 2
 
     def test_a_signal_stops_with_one_line(self, tmp_path: Path) -> None:
-        runs = {number: start(tmp_path / number.name, "simclr", "--epochs=100") for number in SIGNALS}
-        for number, process in runs.items():
-            checkpoint = tmp_path / number.name / "simclr.ckpt"
-            wait_for_epoch(process, 10)
-            process.send_signal(number)
-            _, err = process.communicate(timeout=240)
-            assert process.returncode == 1
-            assert f"stopped by {number.name}; {checkpoint} is whole" in err.splitlines()[-1]
-            assert "Traceback" not in err
-            assert torch.load(checkpoint, weights_only=True)["epoch"] >= 8
+        process = start(tmp_path, "simclr", "--epochs=100")
+        checkpoint = tmp_path / "simclr.ckpt"
+        wait_for_epoch(process, 10)
+        process.send_signal(signal.SIGINT)  # the tests of runs in this process send SIGTERM
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 1
+        assert f"stopped by SIGINT; {checkpoint} is whole" in err.splitlines()[-1]
+        assert "Traceback" not in err
+        assert torch.load(checkpoint, weights_only=True)["epoch"] >= 8
 
     def test_a_signal_that_a_library_swallowed_stops_the_run_all_the_same(self, tmp_path: Path) -> None:
         run = prepare("simclr", out=tmp_path, epochs=3, **SMALL)
@@ -276,14 +285,26 @@ class TestStopping:
         assert [file.name for file in tmp_path.iterdir()] == ["x.ckpt"]
 
 
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two processes, from the weights of another run."""
+    folder = tmp_path_factory.mktemp("two")
+    prepare("simclr", out=folder / "initial", epochs=1, **SMALL).fit()
+    finish(start(folder, "simclr", "--epochs=2", f"--init={folder / 'initial' / 'simclr.ckpt'}", *TWO))
+    return folder
+
+
 class TestTwoProcesses:
-    def test_simclr_has_the_loss_of_one_process_but_for_batch_normalization(self, tmp_path: Path) -> None:
-        one, two = tmp_path / "one", tmp_path / "two"
-        several = start(two, "simclr", "--epochs=2", "--devices=2", "--accelerator=cpu")
-        prepare("simclr", out=one, epochs=2, **SMALL).fit()
-        finish(several)
+    def test_simclr_has_the_loss_of_one_process_but_for_batch_normalization(
+        self, two: Path, tmp_path: Path
+    ) -> None:
+        prepare("simclr", out=tmp_path, epochs=2, init=two / "initial" / "simclr.ckpt", **SMALL).fit()
         # half a batch normalized by itself, and other views: near, but not the same
-        assert losses(two) == pytest.approx(losses(one), rel=0.05)
+        assert losses(two) == pytest.approx(losses(tmp_path), rel=0.05)
+        # linear classifiers end a little apart
+        untrained = [metrics(out).splitlines()[1].split(",") for out in (two, tmp_path)]
+        for several, one in zip(*untrained, strict=True):
+            assert several == one or abs(float(several) - float(one)) < 0.01
 
     def test_moco_shuffles_and_fills_one_queue(self, tmp_path: Path) -> None:
         finish(start(tmp_path, "moco", "--epochs=1", "--devices=2", "--accelerator=cpu"))
@@ -297,25 +318,17 @@ class TestTwoProcesses:
         assert sum("a loss that is no finite number" in line for line in err.splitlines()) == 1
         assert "Traceback" not in err
 
-    def test_evaluation_is_that_of_one_process(self, tmp_path: Path) -> None:
-        prepare("simclr", out=tmp_path / "one", epochs=1, **SMALL).fit()
-        checkpoint = tmp_path / "one" / "simclr.ckpt"
-        finish(start(tmp_path / "two", "simclr", "--epochs=1", f"--init={checkpoint}", *TWO))
-        prepare("simclr", out=tmp_path / "again", epochs=1, init=checkpoint, **SMALL).fit()
-        untrained = [metrics(tmp_path / name).splitlines()[1].split(",") for name in ("two", "again")]
-        for two, one in zip(*untrained, strict=True):
-            assert two == one or abs(float(two) - float(one)) < 0.01  # linear classifiers end a little apart
-
-    def test_two_nodes_of_one_process_each(self, tmp_path: Path) -> None:
+    def test_two_nodes_of_one_process_each(self, two: Path, tmp_path: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [FASTCL, "train", "simclr", *OPTIONS, "--epochs=1", "--num-nodes=2", "--accelerator=cpu"]
+        command = [FASTCL, "train", "simclr", *OPTIONS, "--epochs=2", "--num-nodes=2", "--accelerator=cpu"]
+        command.append(f"--init={two / 'initial' / 'simclr.ckpt'}")
         torchrun = [FASTCL.with_name("torchrun"), "--nnodes=2", "--nproc-per-node=1"]
         torchrun += ["--master-addr=127.0.0.1", f"--master-port={port}"]
         nodes = [
             subprocess.Popen(
-                [*torchrun, f"--node-rank={rank}", *command, f"--out={tmp_path / 'nodes'}"],
+                [*torchrun, f"--node-rank={rank}", *command, f"--out={tmp_path}"],
                 stderr=subprocess.PIPE,
                 text=True,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -325,24 +338,24 @@ class TestTwoProcesses:
         for node in nodes:
             _, err = node.communicate(timeout=240)
             assert node.returncode == 0, err
-        finish(start(tmp_path / "devices", "simclr", "--epochs=1", *TWO))
-        assert metrics(tmp_path / "nodes") == metrics(tmp_path / "devices")
+        assert metrics(tmp_path) == metrics(two)
 
 
 class TestChunks:
     VIT = ("--arch=vit_tiny", "--optimizer=sgd", "--lr=0.5", "--epochs=2")
 
-    @pytest.mark.parametrize("processes", [(), TWO], ids=["one", "two"])
+    @pytest.mark.parametrize("processes", [1, 2])
     def test_a_network_that_treats_rows_apart_is_trained_as_without_chunks(
-        self, processes: tuple[str, ...], tmp_path: Path
+        self, processes: int, tmp_path: Path
     ) -> None:
         chunked, whole = tmp_path / "chunked", tmp_path / "whole"
-        runs = [
-            start(chunked, "supcon", *self.VIT, *processes, "--encode-chunk=32"),
-            start(whole, "supcon", *self.VIT, *processes),
-        ]
-        for run in runs:
-            finish(run)
+        each = ((chunked, ("--encode-chunk=32",)), (whole, ()))
+        if processes == 1:
+            for out, own in each:
+                main(["train", "supcon", *OPTIONS, *self.VIT, *own, f"--out={out}"])
+        else:
+            for run in [start(out, "supcon", *self.VIT, *TWO, *own) for out, own in each]:
+                finish(run)
         initial = prepare("supcon", out=tmp_path / "initial", arch="vit_tiny", **SMALL).method.state_dict()
         weights = [
             torch.load(out / "supcon.ckpt", weights_only=True)["state_dict"] for out in (chunked, whole)

@@ -98,7 +98,10 @@ LOSSES = {
 
 def on_every_rank(checks, world, folder):
     """Call each of ``checks`` with the group of ``world`` new processes, in each of them."""
-    multiprocessing.spawn(_on_rank, (world, f"{folder}/rendezvous", checks), nprocs=world)
+    # of a server that has imported what takes seconds, and runs no threads
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch._dynamo", "fastcl.train"])
+    arguments = (world, f"{folder}/rendezvous", checks)
+    multiprocessing.start_processes(_on_rank, arguments, nprocs=world, start_method="forkserver")
 
 
 def _on_rank(rank, world, file, checks):

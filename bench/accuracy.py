@@ -60,7 +60,7 @@ OWN = {
     "hcsc": ("--queue-size=4096", "--momentum=0.99", "--clusters=400,200,100", "--cluster-from-epoch=3"),
     "deepcluster": ("--clusters=200",),
     "kcl": ("--queue-size=4096", "--momentum=0.99"),
-    "tsc": ("--queue-size=4096", "--momentum=0.99", "--centres-from-epoch=3"),
+    "tsc": ("--queue-size=4096", "--momentum=0.99", "--centres-from-epoch=3", "--centre-weight=0.1"),
 }
 BOUNDS = {"simclr": 0.10, "moco": 0.10, "byol": 0.10, "swav": 0.10}
 OTHERS_BOUND = 0.05

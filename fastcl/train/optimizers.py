@@ -37,8 +37,11 @@ class Optimization:
     def __post_init__(self) -> None:
         check_choice("optimizer", self.name, tuple(_TIMM_NAMES))
 
-    def configure(self, module: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer of the module's trainable parameters, before :meth:`set_rates`."""
+    def configure(self, module: nn.Module, steady: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of the module's trainable parameters, before :meth:`set_rates`.
+
+        ``steady``: a part of it whose learning rate rises with the others' and does not fall.
+        """
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             module,
             _TIMM_NAMES[self.name],
@@ -48,7 +51,9 @@ class Optimization:
             filter_bias_and_bn=self.name == "lars",
         )
         for group in optimizer.param_groups:
-            group["is_decayed"] = bool(group["weight_decay"])
+            group["is_decayed"], group["is_steady"] = bool(group["weight_decay"]), False
+        if steady is not None:
+            _divide(optimizer, set(steady.parameters()))
         self.set_rates(optimizer, 0, 1, 1)
         return optimizer
 
@@ -56,17 +61,26 @@ class Optimization:
         self, optimizer: torch.optim.Optimizer, step: int, steps: int, steps_per_epoch: int
     ) -> float:
         """Give ``optimizer`` the rates of one of ``steps``; returns the learning rate."""
-        lr = self.lr * _share_of_lr(step, steps, self.warmup_epochs * steps_per_epoch)
+        warmup = self.warmup_epochs * steps_per_epoch
+        warmup = warmup if warmup < steps else 0
+        lr = self.lr * _share_of_lr(step, steps, warmup)
         decay = value_at(self.weight_decay, step / steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = self.lr if group["is_steady"] and step >= warmup else lr
             group["weight_decay"] = decay if group["is_decayed"] else 0.0
         return lr
 
 
+def _divide(optimizer: torch.optim.Optimizer, steady: set[nn.Parameter]) -> None:
+    """Gives the steady parameters of each group one of their own."""
+    for group in list(optimizer.param_groups):
+        own = [x for x in group["params"] if x in steady]
+        if own:
+            group["params"] = [x for x in group["params"] if x not in steady]
+            optimizer.add_param_group({**group, "params": own, "is_steady": True})
+
+
 def _share_of_lr(step: int, steps: int, warmup: int) -> float:
-    if not 0 < warmup < steps:
-        warmup = 0
     if step < warmup:
         return (1 + (warmup - 1) * step / warmup) / warmup
     return Cosine(1.0, 0.0).at((step - warmup) / max(1, steps - warmup))

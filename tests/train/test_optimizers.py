@@ -24,6 +24,21 @@ class TestOptimization:
         assert rates[10:] == sorted(rates[10:], reverse=True)
         assert 0 < rates[-1] < 0.01
 
+    def test_a_steady_part_keeps_the_highest_rate(self) -> None:
+        network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        optimization = Optimization("adamw", lr=1.0, warmup_epochs=2)
+        optimizer = optimization.configure(network, network[1])
+        rates: dict[bool, list[float]] = {True: [], False: []}
+        for step in range(50):
+            optimization.set_rates(optimizer, step, 50, 5)
+            for group in optimizer.param_groups:
+                steady = [any(x is y for y in network[1].parameters()) for x in group["params"]]
+                assert steady in ([True] * len(steady), [False] * len(steady))
+                rates[all(steady)].append(group["lr"])
+        assert rates[True][:11] == rates[False][:11]
+        assert rates[True][10:] == [1.0] * 40
+        assert rates[False][-1] < 0.01
+
     def test_lars_spares_biases_and_batch_norm(self) -> None:
         network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
         optimizer = Optimization("lars", lr=1.0, weight_decay=0.1).configure(network)

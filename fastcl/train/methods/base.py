@@ -60,6 +60,7 @@ class Method(LightningModule):
         needs_labels: whether batches must have labels.
         needs_indices: whether batches must have indices.
         needs_colours: whether images must have colours.
+        steady_part: the part whose learning rate does not fall, if any.
         data_arguments: what of the data the constructor is told: 'samples', how many there are for training,
             'classes', how many labels.
         views_share_batch_norm: whether views of one size are encoded, and normalized, as one batch.
@@ -69,6 +70,7 @@ class Method(LightningModule):
     needs_labels = False
     needs_indices = False
     needs_colours = False
+    steady_part: str | None = None
     data_arguments: tuple[str, ...] = ()
     views_share_batch_norm = True
     learning_rate: float
@@ -236,7 +238,8 @@ class Method(LightningModule):
         self.log_dict(now, on_step=True, on_epoch=False, batch_size=1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optimization.configure(self)
+        steady = None if self.steady_part is None else self.get_submodule(self.steady_part)
+        return self.optimization.configure(self, steady)
 
     def on_train_start(self) -> None:
         epochs = self.trainer.max_epochs or 1

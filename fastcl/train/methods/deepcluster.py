@@ -50,7 +50,7 @@ class DeepCluster(Method):
 
     Caron et al. 2018, https://arxiv.org/abs/1807.05520. Features are whitened, and clustered by spherical
     k-means; an image counts by the inverse of its cluster's size, over the batch of all processes; every
-    epoch begins with a new classifier.
+    epoch begins with a new classifier, whose learning rate does not fall.
 
     Args:
         encoder: images to features (N, features); what is kept after training.
@@ -66,6 +66,7 @@ class DeepCluster(Method):
     """
 
     needs_indices = True
+    steady_part = "head"
     data_arguments = ("samples",)
 
     def __init__(

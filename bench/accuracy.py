@@ -46,7 +46,7 @@ OWN = {
     ),
     "inst-disc": ("--loss=softmax", "--noise=0", "--temperature=0.2", "--batch-size=64"),
     "pirl": ("--loss=softmax", "--noise=0", "--temperature=0.2", "--batch-size=64"),
-    "cmc": ("--loss=softmax", "--noise=0", "--temperature=0.1", "--width=16"),
+    "cmc": ("--loss=softmax", "--noise=0", "--temperature=0.1", "--width=16", "--batch-size=64"),
     "cpc": ("--width=16",),
     "dino": (
         "--dim=128",

@@ -45,25 +45,29 @@ class Case {
   void check_logistic() {
     const Buffer<T> bias = allocate_filled<T>(lanes_ + kMaxTile, T(0.5)),
                     zero = allocate_filled<T>(kMaxTile, T(0));
-    const RunningSums<T> negative{lanes_}, positive{lanes_};
-    const Sum<T> sums = negative.state().sum;
-    k_.logistic_sums(fill(), nullptr, bias.get(), sums, positive.state().sum);
-    Worst worst;
-    for (int64_t i = 0; i < lanes_; i++) {
-      Exact sum;
-      for (int64_t r = 0; r < rows_; r++) sum.add(softplus2(logits_.row(r)[i] + 0.5));
-      worst.add((sums + i).total(), sum.value, kEpsilon<T> * 8 * sum.size + rows_ * kSmallest);
-    }
-    check("logistic_sums", worst.error, 1);
+    const RunningSums<T> negative{lanes_}, positive{lanes_}, both{lanes_};
+    k_.logistic_sums(fill(), nullptr, bias.get(), negative.state().sum, positive.state().sum);
+    check_softplus("logistic_sums", negative.state().sum);
     const Tile<T> tile = fill();
-    k_.logistic_weights(tile, nullptr, bias.get(), bias.get(), zero.get());
-    worst = {};
+    k_.logistic_weights(tile, nullptr, bias.get(), bias.get(), zero.get(), both.state().sum);
+    check_softplus("logistic_weights, total", both.state().sum);
+    Worst worst;
     for (int64_t r = 0; r < rows_; r++)
       for (int64_t i = 0; i < lanes_; i++) {
         const double exact = 0.5 / (1 + std::exp2(-(logits_.row(r)[i] + 0.5)));
         worst.add(tile.row(r)[i], exact, kEpsilon<T> * 8 * exact + kSmallest);
       }
     check("logistic_weights", worst.error, 1);
+  }
+
+  void check_softplus(const char* name, Sum<T> sums) {
+    Worst worst;
+    for (int64_t i = 0; i < lanes_; i++) {
+      Exact sum;
+      for (int64_t r = 0; r < rows_; r++) sum.add(softplus2(logits_.row(r)[i] + 0.5));
+      worst.add((sums + i).total(), sum.value, kEpsilon<T> * 8 * sum.size + rows_ * kSmallest);
+    }
+    check(name, worst.error, 1);
   }
 
   void check_selection() {

@@ -38,7 +38,7 @@ _RECIPE: Recipe = {
 class SimSiam(Siamese):
     """SimSiam: the prediction of each view meets the other's projection, a constant; no negatives.
 
-    Chen and He 2021, https://arxiv.org/abs/2011.10566. The predictor's learning rate does not fall.
+    Chen and He 2021, https://arxiv.org/abs/2011.10566. The learning rate falls in the predictor, too.
 
     Args:
         encoder: images to features (N, features); what is kept after training.
@@ -48,8 +48,6 @@ class SimSiam(Siamese):
         hidden: width of the predictor's hidden layer.
         optimization: the optimizer and its schedules.
     """
-
-    steady_part = "predictor"
 
     def __init__(
         self,

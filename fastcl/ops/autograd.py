@@ -15,7 +15,7 @@ from fastcl.losses.families.mochi import MOCHI_INPUTS, Mochi
 from fastcl.losses.families.one_positive import ONE_POSITIVE_INPUTS, ONE_POSITIVE_TENSORS, PAIRED, OnePositive
 from fastcl.ops.schema import library
 from fastcl.similarity.fields import LSE_NEG, STATISTICS, unpack
-from fastcl.similarity.numerics import reduce
+from fastcl.similarity.numerics import reduce, without_autocast
 from fastcl.similarity.problem import (
     PROBLEM_FIELDS,
     PROBLEM_INPUTS,
@@ -306,9 +306,13 @@ def register_autograd(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            if all(grad is None for grad in grads):
+            given = next((grad for grad in grads if grad is not None), None)
+            if given is None:
                 return (None,) * len(ctx.needs_input_grad)
-            return gradient(ctx, *grads)
+            if not torch.is_grad_enabled():
+                return gradient(ctx, *grads)
+            with without_autocast(given.device):  # to be differentiated again, by the dense formula
+                return gradient(ctx, *grads)
 
     def kernel(*args: Any) -> tuple[Tensor, ...]:
         refuse_tangents(name, args)

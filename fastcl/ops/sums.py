@@ -50,7 +50,8 @@ def _save(ctx: Any, problem: Problem, bias: Tensor, *more: Tensor) -> None:
 def _saved(ctx: Any) -> tuple[Problem, tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
     """The problem; its inputs with the bias, as LogisticNeeds orders them; and what else was saved."""
     positives, sets = ctx.sets
-    tensors, more = ctx.saved_tensors[:PROBLEM_TENSORS], ctx.saved_tensors[PROBLEM_TENSORS:]
+    saved = ctx.saved_tensors  # read once: hooks unpack each tensor at every reading
+    tensors, more = saved[:PROBLEM_TENSORS], saved[PROBLEM_TENSORS:]
     problem = Problem._make((*tensors, more[:positives], more[positives:sets], *ctx.problem_flags))
     return problem, (problem.query, problem.key, problem.scale, more[sets]), more[sets + 1 :]
 

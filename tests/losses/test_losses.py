@@ -97,6 +97,13 @@ def test_asymmetric_mask(name):
             check(MASKED[name], case, dtype, 0.1, factor_dtype=dtype, each=every_backend())
 
 
+@pytest.mark.parametrize("variant", ["out", "in"])
+def test_rows_without_components_are_all_alike(variant, backend):
+    z = torch.zeros(4, 3, 0)
+    loss = fastcl.sup_con(z, contrast_mode="one", variant=variant)
+    torch.testing.assert_close(loss, torch.tensor(11.0).log())
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32, torch.float64])
 def test_mask_of_any_dtype_is_read_as_zeros_and_ones(dtype):
     features = testing.make_case("random", (9, 1, 4)).query

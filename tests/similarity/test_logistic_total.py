@@ -5,6 +5,7 @@ import torch
 from test_logistic import NAMES, OPS, STREAMING, arguments, in_float64, masks, tensors
 from test_stats import SMALL
 from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
 
 import fastcl
 from fastcl import testing
@@ -95,3 +96,31 @@ def test_the_same_bits_for_any_number_of_threads():
     torch.set_num_threads(before)
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_gradient_to_be_differentiated_again_is_the_same_under_autocast(reduction, backend):
+    if backend == "reference":
+        pytest.skip("plain torch: what torch does")
+    case = testing.make_case("random", (9, 9, 6))
+
+    def gradient():
+        x, y = (t.float().requires_grad_() for t in (case.query, case.key))
+        loss = fastcl.siglip_loss(x, y, 5.0, -2.0, reduction=reduction).sum()
+        return torch.autograd.grad(loss, (x, y), create_graph=True)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = gradient()
+    torch.testing.assert_close(got, gradient())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_it_may_be_computed_again_in_the_backward_pass(reduction, backend):
+    x, y = torch.randn(20, 8, requires_grad=True), torch.randn(20, 8)
+
+    def loss(z):
+        return fastcl.siglip_loss(z, y, 5.0, -2.0, reduction=reduction).sum()
+
+    (exact,) = torch.autograd.grad(loss(x), x)
+    (got,) = torch.autograd.grad(checkpoint(loss, x, use_reentrant=False), x)
+    torch.testing.assert_close(got, exact)

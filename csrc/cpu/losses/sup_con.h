@@ -17,7 +17,7 @@ struct SupCon {
   bool mean;
   Precision precision;
 
-  bool own_keys() const { return !key.data; }
+  bool own_keys() const { return key.count == 0; }
 };
 
 // Where results go; gradients are for an incoming gradient of 1, null where not wanted.

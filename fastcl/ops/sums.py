@@ -72,12 +72,17 @@ def _in_places(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None,
     return (*first, *(None,) * (PROBLEM_FIELDS - _LOGISTIC_INPUTS), bias, *(None,) * unused)
 
 
+def _dense_sums(problem: Problem, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Any]]:
+    """The sums by the dense formula, to be differentiated again, and the nodes of the inputs."""
+    *first, bias = nodes = distinct_nodes(inputs)
+    return reference.logistic(Problem(*first, *problem[_LOGISTIC_INPUTS:]), bias), nodes
+
+
 def logistic_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     problem, inputs, _ = _saved(ctx)
     needs = _needs(ctx)
     if torch.is_grad_enabled():
-        *first, bias = nodes = distinct_nodes(inputs)
-        sums = reference.logistic(Problem(*first, *problem[_LOGISTIC_INPUTS:]), bias)
+        sums, nodes = _dense_sums(problem, inputs)
         return _in_places(ctx, differentiable_grad((sums,), (grad,), nodes, needs))
     grad = first_order(grad, inputs)
     outputs = torch.ops.fastcl.logistic_backward(*problem, inputs[-1], grad, needs, ctx.backend)
@@ -94,8 +99,7 @@ def logistic_total_gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor 
     problem, inputs, unit_grads = _saved(ctx)
     needs, (mean, *_) = _needs(ctx), ctx.flags
     if torch.is_grad_enabled():
-        *first, bias = nodes = distinct_nodes(inputs)
-        sums = reference.logistic(Problem(*first, *problem[_LOGISTIC_INPUTS:]), bias)
+        sums, nodes = _dense_sums(problem, inputs)
         total = reduce(sums.sum(0), "mean" if mean else "sum")
         return _in_places(ctx, differentiable_grad((total,), (grad,), nodes, needs))
     return _in_places(ctx, whole_loss_gradient(inputs, needs, ctx.flags[-1], unit_grads, grad))
@@ -113,10 +117,10 @@ def logistic(problem: Problem, bias: Tensor, backend: str = "auto") -> Tensor:
 def logistic_total(problem: Problem, bias: Tensor, reduction: str) -> Tensor:
     """The 'mean' or 'sum' over the rows of both of :func:`logistic`'s sums, differentiable."""
     chosen = choose(Request.of(problem.query, simple_rule=problem.has_simple_rule()))
-    if chosen.logistic_total is None:
-        return reduce(logistic(problem, bias, chosen.name).sum(0), reduction)
     arguments = (*problem, bias, reduction == "mean", chosen.name)
     needs = needs_of(_logistic_inputs(arguments)) if torch.is_grad_enabled() else 0
+    if chosen.logistic_total is None or not needs:  # the sums alone need no weights
+        return reduce(logistic(problem, bias, chosen.name).sum(0), reduction)
     total: Tensor = torch.ops.fastcl.logistic_total(*arguments, needs)[0]
     return total
 

@@ -56,7 +56,7 @@ def load_rows(side, indices, start, D: tl.constexpr, BLOCK: tl.constexpr, DOT: t
     components = start + tl.arange(0, BLOCK)
     offsets = indices.to(tl.int64)[:, None] * side.stride + components[None, :]
     inside = indices[:, None] < side.count
-    if D % BLOCK != 0:
+    if D == 0 or D % BLOCK != 0:
         inside &= components[None, :] < D
     return tl.load(side.rows + offsets, mask=inside, other=0.0).to(DOT)  # [B, BLOCK]
 

@@ -181,6 +181,18 @@ def _classes(case: Case) -> Arguments:
     return features, labels.to(case.device)
 
 
+def _classes_as_mask(case: Case) -> Arguments:
+    features, labels = _classes(case)
+    return features, None, labels[:, None] == labels
+
+
+def _lse_and_positives(statistics: Callable[..., Any], query: Tensor, key: Tensor, scale: float) -> Tensor:
+    ids = torch.arange(query.shape[0], device=query.device)
+    rule = fastcl.PairRule(positive=(ids, ids))
+    stats = statistics(query, key, scale=scale, rule=rule, normalize=True)
+    return torch.stack([stats.lse_neg, stats.lse_pos, stats.pos_sum]).sum()
+
+
 def _rows_and_classes(case: Case) -> Arguments:
     features, labels = _classes(case)
     return features.detach()[:, 0].clone().requires_grad_(), labels
@@ -263,6 +275,19 @@ LOSSES = {
         pypi=packages.pypi_sup_con,
         package=_METRIC_LEARNING,
     ),
+    "sup_con_mask": Loss(
+        fastcl.sup_con,
+        testing.LOSSES["sup_con"].dense,
+        _classes_as_mask,
+        views=2,
+        options={"temperature": 0.07},
+    ),
+    "similarity_stats": Loss(
+        partial(_lse_and_positives, fastcl.similarity_stats),
+        partial(_lse_and_positives, testing.dense_stats),
+        _views,
+        options={"scale": 10.0},
+    ),
     "decoupled_loss": Loss(
         fastcl.decoupled_loss,
         objectives.decoupled_loss,
@@ -320,6 +345,8 @@ _GRID = (
     Case("dino", 64, 128, keys=8192),
     Case("swav", 256, 128, keys=3000),
     Case("sup_con", 512, 128, classes=100, sides=SIDES),
+    Case("sup_con_mask", 512, 128, classes=100),
+    Case("similarity_stats", 64, 128),
     Case("decoupled_loss", 1024, 128),
     Case("hard_negative_loss", 1024, 128),
     Case("prototype_nce", 256, 128, keys=16_384),

@@ -8,151 +8,206 @@ namespace fastcl::cpu {
 namespace {
 
 constexpr int64_t kKeyRows = 192;                  // keys per tile
-constexpr int64_t kStripLanes = 64;                // queries per strip: it should stay in the cache
-constexpr int64_t kStripBytes = int64_t{4} << 20;  // beyond, it does not, and is twice as wide
-constexpr int64_t kMaxStrip = int64_t{16} << 20;
+constexpr int64_t kKeptBytes = int64_t{32} << 20;  // of weights
+constexpr int64_t kMinChunk = 64;                  // queries whose weights are kept at a time
 
+// The weights of a chunk of queries, kept from the first sweep over the keys for the second, and the maxima
+// to which they are relative: those of the keys before them in their part.
 template <class T>
-void block_logits(const Problem<T>& problem, Products<T>& products, Tile<T> tile, int64_t query_begin,
-                  int64_t key_begin, Scratch& scratch) {
-  products.logits(tile);
-  exclude_pairs(problem, tile, query_begin, key_begin, scratch);
-}
+struct KeptWeights {
+  int64_t block, blocks;
+  Buffer<T> weights, maxima;
 
-// Rescales what was summed relative to `before` to be relative to `now`.
-template <class T>
-void rescale(int64_t lanes, const T* before, const T* now, T* sum, T* out, int64_t width) {
-  for (int64_t i = 0; i < lanes; i++) {
-    if (before[i] == now[i]) continue;
-    const T factor = is_empty(before[i]) ? T(0) : std::exp2(before[i] - now[i]);
-    sum[i] *= factor;
-    for (int64_t d = 0; d < width; d++) out[i * width + d] *= factor;
+  KeptWeights(int64_t queries, int64_t keys)
+      : block(even_block(queries, kMaxBlock)), blocks(ceil_div(queries, block)) {
+    weights = allocate<T>(ceil_div(keys, kKeyRows) * blocks * kKeyRows * block);
+    maxima = allocate<T>(ceil_div(keys, kKeyRows) * blocks * block);
   }
-}
+  T* tile(int64_t key_begin, int64_t b) const { return weights.get() + index(key_begin, b) * kKeyRows; }
+  T* max(int64_t key_begin, int64_t b) const { return maxima.get() + index(key_begin, b); }
+
+ private:
+  int64_t index(int64_t key_begin, int64_t b) const { return (key_begin / kKeyRows * blocks + b) * block; }
+};
 
 template <class T>
-void attend_block(const Problem<T>& problem, Selector<T>* selector, int64_t part, int64_t begin,
-                  int64_t lanes, int64_t block, int64_t key_first, int64_t key_last, LogSum<T> state, T* out,
-                  int64_t width, Scratch& scratch) {
-  const Kernels<T>& k = kernels<T>();
-  const auto products = make_products(problem, kKeyRows, block, scratch);
-  T* before = scratch.take<T>(kQuerySlot, block);
-  Tile<T> tile{scratch.take<T>(kTileSlot, kKeyRows * block), block, 0, lanes};
-  std::fill_n(out, lanes * width, T(0));
-  products->set_lanes(begin, lanes);
-  for (int64_t key_begin = key_first; key_begin < key_last; key_begin += kKeyRows) {
-    tile.rows = std::min(kKeyRows, key_last - key_begin);
-    products->set_rows(key_begin, tile.rows);
-    block_logits(problem, *products, tile, begin, key_begin, scratch);
-    if (selector) selector->offer(tile, begin, part, key_begin, scratch);
-    std::copy_n(state.max, lanes, before);
-    k.lane_max(tile, state.max);
-    rescale(lanes, before, state.max, state.sum.sum, out, width);
-    k.exponentiate(tile, state.max, state.sum.sum);
-    products->add_to_lanes(tile, out);
+class Attention {
+ public:
+  Attention(const Problem<T>& problem, Selector<T>* selector = nullptr)
+      : problem_(problem),
+        selector_(selector),
+        width_(round_up(problem.query.width, kernels<T>().vector)),
+        result_{make_state<T>(problem.query.count), make_partials<T>(1, problem.query.count, width_)} {}
+
+  // The first sweep, for `count` queries from `first` on; their weights go to `kept`, unless it is null.
+  void attend(int64_t first, int64_t count, const KeptWeights<T>* kept) {
+    const int64_t block = even_block(count, kMaxBlock), blocks = ceil_div(count, block);
+    const int64_t tiles = ceil_div(problem_.key.count, kKeyRows);
+    const int64_t parts = parts_of_keys(count, problem_.key.count);
+    if (parts == 1) {
+      return for_each_task(blocks, [&](int64_t b, Scratch& scratch) {
+        const int64_t begin = first + b * block;
+        attend_block({begin, std::min(block, first + count - begin), block, b, 0}, 0, tiles, kept,
+                     result_.rows.negative(begin), result_.query.row(0, begin), scratch);
+      });
+    }
+    std::vector<State<T>> states;
+    for (int64_t p = 0; p < parts; p++) states.push_back(make_state<T>(count));
+    const Partials<T> sums = make_partials<T>(parts, count, width_);
+    for_each_task(blocks * parts, [&](int64_t task, Scratch& scratch) {
+      const int64_t b = task % blocks, part = task / blocks, begin = b * block;
+      attend_block({first + begin, std::min(block, count - begin), block, b, part}, tiles * part / parts,
+                   tiles * (part + 1) / parts, kept, states[part].negative(begin), sums.row(part, begin),
+                   scratch);
+    });
+    for_each_range(count, 64, [&](int64_t begin, int64_t end, Scratch&) {
+      for (int64_t i = begin; i < end; i++) merge(states, sums, i, first + i);
+    });
   }
-}
+
+  // The second sweep: for each tile of keys, sum += those weights of the chunk's queries times `factors`
+  // times the queries, for sum = sums(first key).
+  template <class Sums, class Emit>
+  void sum_keys(int64_t first, int64_t count, const KeptWeights<T>& kept, const T* factors, const Sums& sums,
+                const Emit& emit) {
+    for_each_task(ceil_div(problem_.key.count, kKeyRows), [&](int64_t t, Scratch& scratch) {
+      const auto products = make_products(problem_, kKeyRows, kept.block, scratch);
+      T* const scaled = scratch.take<T>(kQuerySlot, kept.block);
+      const int64_t key_begin = t * kKeyRows, rows = std::min(kKeyRows, problem_.key.count - key_begin);
+      T* const sum = sums(key_begin, rows, scratch);
+      for (int64_t b = 0; b < kept.blocks; b++) {
+        const int64_t begin = first + b * kept.block, lanes = std::min(kept.block, first + count - begin);
+        const T *max = result_.rows.negative(begin).max, *before = kept.max(key_begin, b);
+        for (int64_t i = 0; i < lanes; i++)
+          scaled[i] = factors[begin + i] * factor_between(before[i], max[i]);
+        products->set_lanes(begin, lanes);
+        products->scale_lanes(scaled);
+        products->add_to_rows({kept.tile(key_begin, b), kept.block, rows, lanes}, sum);
+      }
+      emit(key_begin, rows, sum);
+    });
+  }
+
+  Attended<T>& result() { return result_; }
+  int64_t width() const { return width_; }
+
+ private:
+  struct Block {
+    int64_t begin, lanes, stride, index, part;
+  };
+
+  // What was summed relative to `before`, relative to `now`.
+  static T factor_between(T before, T now) {
+    if (before == now) return 1;
+    return is_empty(before) ? T(0) : std::exp2(before - now);
+  }
+
+  void attend_block(Block block, int64_t first_tile, int64_t last_tile, const KeptWeights<T>* kept,
+                    LogSum<T> state, T* out, Scratch& scratch) const {
+    const Kernels<T>& k = kernels<T>();
+    const auto products = make_products(problem_, kKeyRows, block.stride, scratch);
+    T* before = scratch.take<T>(kQuerySlot, block.stride);
+    Tile<T> tile{kept ? nullptr : scratch.take<T>(kTileSlot, kKeyRows * block.stride), block.stride, 0,
+                 block.lanes};
+    std::fill_n(out, block.lanes * width_, T(0));
+    products->set_lanes(block.begin, block.lanes);
+    for (int64_t key_begin = first_tile * kKeyRows;
+         key_begin < std::min(last_tile * kKeyRows, problem_.key.count); key_begin += kKeyRows) {
+      if (kept) tile.s = kept->tile(key_begin, block.index);
+      tile.rows = std::min(kKeyRows, problem_.key.count - key_begin);
+      products->set_rows(key_begin, tile.rows);
+      products->logits(tile);
+      exclude_pairs(problem_, tile, block.begin, key_begin, scratch);
+      if (selector_) selector_->offer(tile, block.begin, block.part, key_begin, scratch);
+      std::copy_n(state.max, block.lanes, before);
+      k.lane_max(tile, state.max);
+      for (int64_t i = 0; i < block.lanes; i++) {
+        if (before[i] == state.max[i]) continue;
+        const T factor = factor_between(before[i], state.max[i]);
+        state.sum.sum[i] *= factor;
+        for (int64_t d = 0; d < width_; d++) out[i * width_ + d] *= factor;
+      }
+      k.exponentiate(tile, state.max, state.sum.sum);
+      if (kept) std::copy_n(state.max, block.lanes, kept->max(key_begin, block.index));
+      products->add_to_lanes(tile, out);
+    }
+  }
+
+  // Row i of all parts, into the result's.
+  void merge(const std::vector<State<T>>& states, const Partials<T>& sums, int64_t i, int64_t row) {
+    const LogSum<T> all = result_.rows.negative(row);
+    for (const State<T>& part : states) merge_log_sum(all, part.negative(i));
+    T* const out = result_.query.row(0, row);
+    std::fill_n(out, width_, T(0));
+    for (int64_t p = 0; p < sums.parts; p++) {
+      const T max = *states[p].negative(i).max;
+      if (is_empty(max) && !std::isnan(states[p].negative(i).total())) continue;
+      kernels<T>().add_scaled(out, sums.row(p, i), std::exp2(max - *all.max), width_);
+    }
+  }
+
+  const Problem<T>& problem_;
+  Selector<T>* const selector_;
+  const int64_t width_;
+  Attended<T> result_;
+};
 
 }  // namespace
 
 template <class T>
 Attended<T> attend(const Problem<T>& problem, Selector<T>* selector) {
-  const int64_t queries = problem.query.count, keys = problem.key.count;
-  const int64_t width = round_up(problem.query.width, kernels<T>().vector);
-  const int64_t block = even_block(queries, kMaxBlock), blocks = ceil_div(queries, block);
-  const int64_t key_parts = parts_of_keys(queries, keys);
-  std::vector<State<T>> states;
-  for (int64_t p = 0; p < key_parts; p++) states.push_back(make_state<T>(queries));
-  Partials<T> sums = make_partials<T>(key_parts, queries, width);
+  Attention<T> attention(problem, selector);
+  attention.attend(0, problem.query.count, nullptr);
+  return std::move(attention.result());
+}
 
-  for_each_task(blocks * key_parts, [&](int64_t task, Scratch& scratch) {
-    const int64_t begin = task % blocks * block, part = task / blocks;
-    attend_block(problem, selector, part, begin, std::min(block, queries - begin), block,
-                 keys * part / key_parts, keys * (part + 1) / key_parts, states[part].negative(begin),
-                 sums.row(part, begin), width, scratch);
-  });
-  if (key_parts == 1) return {std::move(states[0]), std::move(sums)};
+// Queries whose weights are kept at a time.
+template <class T>
+int64_t chunk_of(const Problem<T>& problem) {
+  const int64_t keys = std::max<int64_t>(problem.key.count, 1);
+  const int64_t fitting = kKeptBytes / (keys * static_cast<int64_t>(sizeof(T)));
+  return std::min(problem.query.count, fitting / kMinChunk * kMinChunk);
+}
 
-  Attended<T> result{make_state<T>(queries), make_partials<T>(1, queries, width)};
-  for_each_range(queries, 64, [&](int64_t begin, int64_t end, Scratch&) {
-    for (const State<T>& part : states) merge_state(result.rows, part, begin, end);
-    for (int64_t i = begin; i < end; i++) {
-      T* out = result.query.row(0, i);
-      std::fill_n(out, width, T(0));
-      for (int64_t p = 0; p < key_parts; p++) {
-        const T max = *states[p].negative(i).max;
-        if (is_empty(max) && !std::isnan(states[p].negative(i).total())) continue;
-        kernels<T>().add_scaled(out, sums.row(p, i), std::exp2(max - *result.rows.negative(i).max), width);
+template <class T>
+bool weights_fit(const Problem<T>& problem) {
+  return chunk_of(problem) > 0;
+}
+
+template <class T>
+Attended<T> attend_with_keys(const Problem<T>& problem, const RowFactor<T>& factor, const KeySums<T>& emit) {
+  const int64_t queries = problem.query.count, chunk = chunk_of(problem);
+  Attention<T> attention(problem);
+  const KeptWeights<T> kept(chunk, problem.key.count);
+  const Buffer<T> factors = allocate<T>(queries);
+  const int64_t width = attention.width();
+  Partials<T> all;  // of the keys, where it takes several chunks
+  if (chunk < queries) all = make_partials<T>(1, problem.key.count, width);
+  for (int64_t first = 0; first < queries; first += chunk) {
+    const int64_t count = std::min(chunk, queries - first);
+    attention.attend(first, count, &kept);
+    for_each_range(count, kMinChunk, [&](int64_t begin, int64_t end, Scratch&) {
+      for (int64_t i = first + begin; i < first + end; i++) {
+        const LogSum<T> entry = attention.result().rows.negative(i);
+        factors[i] = factor(i, *entry.max, entry.total());
       }
-    }
-  });
-  return result;
-}
-
-template <class T>
-int64_t strip_lanes(const Problem<T>& problem) {
-  const bool wide = problem.key.count * kStripLanes * static_cast<int64_t>(sizeof(T)) >= kStripBytes &&
-                    problem.query.count >= 4 * kStripLanes;
-  return wide ? 2 * kStripLanes : kStripLanes;
-}
-
-template <class T>
-bool strips_fit(const Problem<T>& problem) {
-  return problem.key.count * strip_lanes(problem) * static_cast<int64_t>(sizeof(T)) <= kMaxStrip &&
-         problem.query.count >= 2 * kStripLanes;
-}
-
-template <class T>
-AttendedKeys<T> attend_with_keys(const Problem<T>& problem, const std::function<T(int64_t, T, T)>& factor) {
-  const int64_t queries = problem.query.count, keys = problem.key.count;
-  const int64_t width = round_up(problem.query.width, kernels<T>().vector);
-  const int64_t block = strip_lanes(problem), blocks = ceil_div(queries, block);
-  AttendedKeys<T> result{{make_state<T>(queries), make_partials<T>(1, queries, width)},
-                         make_partials<T>(1, keys, width)};
-  Turns turns(ceil_div(keys, kKeyRows));  // the strips add to the keys of a tile one after the other
-
-  for_each_task(blocks, turns.guarded([&](int64_t b, Scratch& scratch) {
-    const Kernels<T>& k = kernels<T>();
-    const auto products = make_products(problem, kKeyRows, block, scratch);
-    T* factors = scratch.take<T>(kQuerySlot, block);
-    T* strip = scratch.take<T>(kTileSlot, keys * block);
-    const int64_t begin = b * block, lanes = std::min(block, queries - begin);
-    const LogSum<T> state = result.queries.rows.negative(begin);
-    T* out = result.queries.query.row(0, begin);
-    std::fill_n(out, lanes * width, T(0));
-    auto for_tiles = [&](const auto& body) {
-      for (int64_t first = 0; first < keys; first += kKeyRows) {
-        const Tile<T> tile{strip + first * block, block, std::min(kKeyRows, keys - first), lanes};
-        products->set_rows(first, tile.rows);
-        body(tile, first);
-      }
+    });
+    auto sums = [&](int64_t key_begin, int64_t rows, Scratch& scratch) {
+      T* const sum = all ? all.row(0, key_begin) : scratch.take<T>(kSumSlot, kKeyRows * width);
+      if (first == 0) std::fill_n(sum, rows * width, T(0));
+      return sum;
     };
-    products->set_lanes(begin, lanes);
-    for_tiles([&](Tile<T> tile, int64_t first) {
-      block_logits(problem, *products, tile, begin, first, scratch);
-      k.lane_max(tile, state.max);
+    attention.sum_keys(first, count, kept, factors.get(), sums, [&](int64_t key, int64_t rows, T* sum) {
+      for (int64_t r = 0; first + count == queries && r < rows; r++) emit(key + r, sum + r * width);
     });
-    for_tiles([&](Tile<T> tile, int64_t) {
-      k.exponentiate(tile, state.max, state.sum.sum);
-      products->add_to_lanes(tile, out);
-    });
-    for (int64_t i = 0; i < lanes; i++) factors[i] = factor(begin + i, state.max[i], state.sum.sum[i]);
-    products->scale_lanes(factors);
-    for_tiles([&](Tile<T> tile, int64_t first) {
-      turns.take(first / kKeyRows, b, [&] {
-        T* const key_out = result.key.row(0, first);
-        if (b == 0) std::fill_n(key_out, tile.rows * width, T(0));
-        products->add_to_rows(tile, key_out);
-      });
-    });
-  }));
-  return result;
+  }
+  return std::move(attention.result());
 }
 
 #define FASTCL_INSTANTIATE(T)                                      \
   template Attended<T> attend<T>(const Problem<T>&, Selector<T>*); \
-  template bool strips_fit<T>(const Problem<T>&);                  \
-  template AttendedKeys<T> attend_with_keys<T>(const Problem<T>&, const std::function<T(int64_t, T, T)>&);
+  template bool weights_fit<T>(const Problem<T>&);                 \
+  template Attended<T> attend_with_keys<T>(const Problem<T>&, const RowFactor<T>&, const KeySums<T>&);
 FASTCL_INSTANTIATE(float)
 FASTCL_INSTANTIATE(double)
 

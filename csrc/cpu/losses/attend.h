@@ -18,17 +18,18 @@ struct Attended {
 template <class T>
 Attended<T> attend(const Problem<T>& problem, Selector<T>* selector = nullptr);
 
-// The same with the keys' gradient in the same pass: three products. Keeps a strip of one block of
-// queries by all keys; `strips_fit` says whether that is reasonable.
+// The same with the keys' gradient: three products. Keeps the weights of as many queries at a time as fit
+// into a bounded amount of memory; `weights_fit` says whether that is reasonable. factor(i, max, sum): what
+// multiplies row i's weights for the keys' sums.
 template <class T>
-struct AttendedKeys {
-  Attended<T> queries;
-  Partials<T> key;  // sum_i factor_i exp2(l_ij - max_i) x_i
-};
+using RowFactor = std::function<T(int64_t, T, T)>;
+// sums(j, sum) receives sum_i factor_i exp2(l_ij - max_i) x_i, padded to whole vectors, to do with as it
+// likes.
 template <class T>
-bool strips_fit(const Problem<T>& problem);
-// factor(i, max, sum): what multiplies row i's weights for the keys' sums.
+using KeySums = std::function<void(int64_t, T*)>;
 template <class T>
-AttendedKeys<T> attend_with_keys(const Problem<T>& problem, const std::function<T(int64_t, T, T)>& factor);
+bool weights_fit(const Problem<T>& problem);
+template <class T>
+Attended<T> attend_with_keys(const Problem<T>& problem, const RowFactor<T>& factor, const KeySums<T>& sums);
 
 }  // namespace fastcl::cpu

@@ -50,11 +50,11 @@ class Loss {
     const bool two_sided = args_.layout == Layout::views || args_.layout == Layout::pairs;
     if (problem_.symmetric && rows_ <= kSingleTile)
       run_single_tile(gradients);
-    else if (!gradients || two_sided || (keys_wanted && !strips_fit(problem_)) ||
+    else if (!gradients || two_sided || (keys_wanted && !weights_fit(problem_)) ||
              (result_.scale && problem_.bfloat16.parts))
       run_two_passes(gradients, keys_wanted);
     else if (keys_wanted)
-      run_strips();
+      run_kept_weights();
     else
       run_frozen_keys();
     const double total = std::accumulate(losses_.get(), losses_.get() + rows_, 0.0);
@@ -136,7 +136,7 @@ class Loss {
     k.both_weights(tile, weights.negative(0), weights.negative(0));
     const Buffer<T> sums = allocate_filled<T>(rows_ * query_.stride, T(0));
     products->add_to_lanes(tile, sums.get());
-    finish([&](int64_t i, T* sum) { std::copy_n(sums.get() + i * query_.stride, query_.stride, sum); }, {});
+    finish([&](int64_t i, T* sum) { std::copy_n(sums.get() + i * query_.stride, query_.stride, sum); });
   }
 
   void run_two_passes(bool gradients, bool keys_wanted) {
@@ -150,7 +150,15 @@ class Loss {
     const PairSums<T> sums =
         pair_sums(problem_, row_weights, column_weights,
                   {query_wanted, keys_wanted && !problem_.symmetric, false, result_.scale != nullptr}, kept);
-    finish([&](int64_t i, T* sum) { add_parts(sums.query, i, sum); }, sums.key);
+    finish([&](int64_t i, T* sum) { add_parts(sums.query, i, sum); });
+    for_each_range(sums.key.rows, kRowGrain, [&](int64_t begin, int64_t end, Scratch& scratch) {
+      T* const sum = scratch.take<T>(kQuerySlot, sums.key.width);
+      for (int64_t i = begin; i < end; i++) {
+        std::fill_n(sum, sums.key.width, T(0));
+        add_parts(sums.key, i, sum);
+        write_key(i, sum);
+      }
+    });
     if (sums.scale) *result_.scale = *sums.scale - positives_pull();
   }
 
@@ -163,30 +171,31 @@ class Loss {
     return total;
   }
 
-  void run_strips() {
-    const AttendedKeys<T> attended = attend_with_keys<T>(problem_, [&](int64_t i, T max, T sum) {
+  void run_kept_weights() {
+    auto factor = [&](int64_t i, T max, T sum) {
       return weight_factor(add_loss(i, max, sum, T(1)), max, sum);
-    });
-    finish_attended(attended.queries, attended.key);
+    };
+    finish_attended(attend_with_keys<T>(problem_, factor, [&](int64_t i, T* sum) { write_key(i, sum); }));
   }
 
   void run_frozen_keys() {
     const Attended<T> attended = attend(problem_);
     weigh(attended.rows, T(1));
-    finish_attended(attended, {});
+    finish_attended(attended);
   }
 
-  void finish_attended(const Attended<T>& attended, const Partials<T>& key_sums) {
+  void finish_attended(const Attended<T>& attended) {
     auto query_sum = [&](int64_t i, T* sum) {
       const LogSum<T> entry = attended.rows.negative(i);
       kernels<T>().add_scaled(sum, attended.query.row(0, i),
                               weight_factor(pull_[i], *entry.max, entry.total()), query_.stride);
     };
-    finish(query_sum, key_sums);
+    finish(query_sum);
   }
 
+  // The gradients of all but the keys.
   template <class QuerySum>
-  void finish(const QuerySum& query_sum, const Partials<T>& key_sums) {
+  void finish(const QuerySum& query_sum) {
     const Kernels<T>& k = kernels<T>();
     const int64_t width = query_.width, n = args_.query.count;
     const bool views = args_.layout == Layout::views;
@@ -207,19 +216,18 @@ class Loss {
       const double total = std::accumulate(radial.get(), radial.get() + rows_, 0.0);
       *result_.scale = views ? total / 2 : total;
     }
-    if (views) return;
-    const bool keys_are_positives = args_.layout != Layout::negatives;
-    if (result_.positive) {
-      auto positive_row_sum = [&](int64_t i, T* sum) {
-        if (keys_are_positives) add_parts(key_sums, i, sum);
-        k.add_scaled(sum, query_.row(i), -pull_[i], query_.stride);
-      };
-      write_gradients<T>(positive_, scale, positive_row_sum, rows_of(result_.positive, width), nullptr);
-    }
-    if (result_.negatives) {
-      auto negative_sum = [&](int64_t i, T* sum) { add_parts(key_sums, i, sum); };
-      write_gradients<T>(negatives_, scale, negative_sum, rows_of(result_.negatives, width), nullptr);
-    }
+    if (args_.layout != Layout::negatives || !result_.positive) return;
+    auto pulled = [&](int64_t i, T* sum) { k.add_scaled(sum, query_.row(i), -pull_[i], query_.stride); };
+    write_gradients<T>(positive_, scale, pulled, rows_of(result_.positive, width), nullptr);
+  }
+
+  // The gradient of key i, which is a positive or a negative, from its sum as a negative; in place.
+  void write_key(int64_t i, T* sum) {
+    const bool negative = args_.layout == Layout::negatives;
+    const UnitRows<T>& unit = negative ? negatives_ : positive_;
+    if (!negative) kernels<T>().add_scaled(sum, query_.row(i), -pull_[i], query_.stride);
+    input_gradient(unit, i, static_cast<T>(args_.scale), sum);
+    std::copy_n(sum, unit.width, (negative ? result_.negatives : result_.positive) + i * unit.width);
   }
 
   const OnePositive& args_;

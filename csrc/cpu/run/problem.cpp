@@ -33,6 +33,8 @@ void merge_state(const State<T>& into, const State<T>& other, int64_t begin, int
   }
 }
 
+template void merge_log_sum<float>(LogSum<float>, LogSum<float>);
+template void merge_log_sum<double>(LogSum<double>, LogSum<double>);
 template State<float> make_state<float>(int64_t);
 template State<double> make_state<double>(int64_t);
 template void merge_state<float>(const State<float>&, const State<float>&, int64_t, int64_t);

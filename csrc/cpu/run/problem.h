@@ -133,6 +133,8 @@ struct State {
 
 template <class T>
 State<T> make_state(int64_t count);
+template <class T>
+void merge_log_sum(LogSum<T> into, LogSum<T> other);
 // Adds `other` to `into`, entry by entry.
 template <class T>
 void merge_state(const State<T>& into, const State<T>& other, int64_t begin, int64_t end);

@@ -40,6 +40,11 @@ template <class T, int ROWS, int VECTORS>
 void micro_kernel(int64_t depth, Operand<T> a, const T* b, int64_t b_stride, T* c, int64_t c_stride,
                   Finish<T> finish) {
   Vec<T> acc[ROWS][VECTORS] = {};
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; v++) __builtin_prefetch(c + r * c_stride + v * kLanes<T>, 1);
+  }
   for (int64_t k = 0; k < depth; k++) {
     Vec<T> bv[VECTORS];
 #pragma GCC unroll 2

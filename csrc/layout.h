@@ -3,7 +3,7 @@
 
 namespace fastcl::shared {
 
-enum class Layout : int { views, batch, pairs, negatives, paired };
+enum class Layout : int { views, batch, pairs, negatives, paired, assigned };
 
 }  // namespace fastcl::shared
 namespace fastcl {

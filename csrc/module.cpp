@@ -81,18 +81,18 @@ FiveTensors stats_backward(Tensor query, Tensor key, Tensor scale, OptionalTenso
   return {grad_query, grad_key, grad_scale, grad_bias, grad_key_scale};
 }
 
-FiveTensors one_positive_op(Tensor query, Tensor positive, OptionalTensor negatives, Tensor scale,
+FiveTensors one_positive_op(Tensor query, OptionalTensor positive, OptionalTensor negatives, Tensor scale,
                             OptionalTensor query_ids, OptionalTensor negative_ids, int64_t layout,
                             bool normalize, bool normalize_negatives, bool decoupled, bool mean,
                             int64_t precision, int64_t needs) {
   query = row_contiguous(query);
-  positive = row_contiguous(positive);
+  if (positive) positive = row_contiguous(*positive);
   const bool paired = static_cast<Layout>(layout) == Layout::paired;
   if (negatives) negatives = paired ? torch::stable::contiguous(*negatives) : row_contiguous(*negatives);
   const ScalarType dtype = is_double(query) ? ScalarType::Double : ScalarType::Float;
   const LossOutputs outputs(query, positive, negatives, scale, dtype, needs);
   const OnePositive args{input_of(query),
-                         input_of(positive),
+                         positive ? input_of(*positive) : Input{},
                          paired      ? every_row_of(*negatives)
                          : negatives ? input_of(*negatives)
                                      : Input{},

@@ -65,11 +65,11 @@ inline Tensor output_like(const Tensor& shape, const Tensor& x, ScalarType dtype
 struct LossOutputs {
   Tensor loss, query, positive, negatives, scale;
 
-  LossOutputs(const Tensor& x, const Tensor& y, const OptionalTensor& z, const Tensor& factor,
+  LossOutputs(const Tensor& x, const OptionalTensor& y, const OptionalTensor& z, const Tensor& factor,
               ScalarType dtype, int64_t needs)
       : loss(torch::stable::new_empty(x, {}, dtype)),
         query(output_like(x, x, dtype, needed(needs, 0))),
-        positive(output_like(y, x, dtype, needed(needs, 1))),
+        positive(output_like(y.value_or(x), x, dtype, y && needed(needs, 1))),
         negatives(output_like(z.value_or(x), x, dtype, z && needed(needs, 2))),
         scale(output_like(factor, factor, factor.scalar_type(), needed(needs, 3))) {}
 

@@ -12,7 +12,7 @@ from fastcl.similarity.fields import RowState, Statistics
 from fastcl.similarity.problem import Needs
 
 CSRC = Path(__file__).parents[1] / "csrc"
-LAYOUTS = ("VIEWS", "BATCH", "PAIRS", "NEGATIVES", "PAIRED")
+LAYOUTS = ("VIEWS", "BATCH", "PAIRS", "NEGATIVES", "PAIRED", "ASSIGNED")
 
 
 def words(name):

@@ -57,14 +57,15 @@ void run_on_device(const Tensor& query, const Tensor& scale, const Tensor& scale
       [=](const auto& args, const auto& loss) { launch_loss(args, loss, current_stream(device)); });
 }
 
-auto one_positive(Tensor query, Tensor positive, OptionalTensor negatives, Tensor scale,
+auto one_positive(Tensor query, OptionalTensor positive, OptionalTensor negatives, Tensor scale,
                   OptionalTensor query_ids, OptionalTensor negative_ids, int64_t layout, bool normalize,
                   bool normalize_negatives, bool decoupled, bool mean, int64_t /*precision*/, int64_t needs) {
-  STD_TORCH_CHECK(!decoupled, "the CUDA kernels have no decoupled loss");
+  STD_TORCH_CHECK(!decoupled && positive,
+                  "the CUDA kernels have no decoupled loss and no assigned positives");
   const auto outputs = allocated(
       "one_launch", [&] { return LossOutputs(query, positive, negatives, scale, ScalarType::Float, needs); });
   run_on_device(query, scale, outputs.scale, [&](const Target& target, const auto& launch) {
-    run_one_positive({query, positive, negatives, query_ids, negative_ids, static_cast<Layout>(layout),
+    run_one_positive({query, *positive, negatives, query_ids, negative_ids, static_cast<Layout>(layout),
                       normalize, normalize_negatives, mean},
                      outputs, target, launch);
   });

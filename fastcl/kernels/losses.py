@@ -189,6 +189,7 @@ def _factor(args: OnePositive, rows: int) -> float:
 
 
 def _query_and_positive(args: OnePositive) -> tuple[UnitRows, UnitRows]:
+    assert args.positive is not None
     if not args.normalize:
         return launch.given_rows(args.query), launch.given_rows(args.positive)
     n = args.query.shape[0]

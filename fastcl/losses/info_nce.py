@@ -174,6 +174,7 @@ def _with_negatives(args: OnePositive, negatives: Tensor, paired: bool) -> OnePo
     check_matrix("negative_keys", negatives, 3 if paired else 2)
     check_same("negative_keys", negatives, "query", args.query)
     query, positive = args.query, args.positive
+    assert positive is not None
     if negatives.dtype != query.dtype:
         query, positive, negatives = in_one_dtype(query, positive, negatives)
     if paired:

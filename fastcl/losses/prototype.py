@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastcl.losses._scope import loss_of
-from fastcl.losses.families.one_positive import NEGATIVES, OnePositive
+from fastcl.losses.families.one_positive import ASSIGNED, OnePositive
 from fastcl.similarity.checks import (
     check_matrix,
     check_reduction,
@@ -67,23 +67,22 @@ def prototype_nce(
         query, prototypes = in_one_dtype(query, prototypes)
     assigned = check_assigned(assigned, query, prototypes)
     scale = _inverse_temperature(temperature, prototypes)
-    names = torch.arange(prototypes.shape[0], device=prototypes.device)
-    dtype = compute_dtype(query.dtype)  # rows enter twice, and their gradients should round once
-    query, prototypes = anchored(query).to(dtype), anchored(prototypes).to(dtype)
     if bias is None and not scale.dim():
         args = OnePositive(
             query,
-            prototypes[assigned],
+            None,
             prototypes,
             scale,
             assigned,
-            names,
-            layout=NEGATIVES,
+            layout=ASSIGNED,
             normalize=normalize,
             normalize_negatives=normalize,
             reduction=reduction,
         )
         return loss_of(args)
+    names = torch.arange(prototypes.shape[0], device=prototypes.device)
+    dtype = compute_dtype(query.dtype)  # rows enter twice, and their gradients should round once
+    query, prototypes = anchored(query).to(dtype), anchored(prototypes).to(dtype)
     key_scale = scale if scale.dim() else None
     if bias is not None:
         check_vector("bias", bias, prototypes)

@@ -68,7 +68,7 @@ library.define(
 # the whole loss: the extension registers the kernels of the first, per device; a backend has the second's
 for _name, _of_backend in (("one_positive", ""), ("one_positive_by", "str backend, ")):
     library.define(
-        f"{_name}(Tensor query, Tensor positive, Tensor? negatives, Tensor scale, Tensor? query_ids, "
+        f"{_name}(Tensor query, Tensor? positive, Tensor? negatives, Tensor scale, Tensor? query_ids, "
         "Tensor? negative_ids, int layout, bool normalize, bool normalize_negatives, bool decoupled, "
         f"bool mean, int precision, {_of_backend}int needs) -> "
         "(Tensor loss, Tensor grad_query, Tensor grad_positive, Tensor grad_negatives, Tensor grad_scale)"

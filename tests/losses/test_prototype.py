@@ -9,6 +9,8 @@ from objective_checks import check, check_compiled, check_derivatives, check_fin
 
 import fastcl
 from fastcl import testing
+from fastcl.backends import native
+from fastcl.losses.families.one_positive import ASSIGNED as ASSIGNED_LAYOUT
 
 in_float64 = pytest.mark.skipif(not testing.IN_FLOAT64, reason="formulas are compared in float64")
 _OF_SIX = torch.tensor([0, 2, 2, 1, 0, 2])
@@ -172,3 +174,13 @@ def test_concentration_refuses(options, message):
     arguments = {"features": torch.ones(3, 4), "prototypes": torch.ones(5, 4), "assigned": torch.arange(3)}
     with pytest.raises(ValueError, match=message):
         fastcl.concentration(**{**arguments, **options})
+
+
+@pytest.mark.skipif(native.missing_reason() is not None, reason="needs the native extension")
+def test_a_kernel_reads_no_row_that_is_not_there():
+    query, prototypes = rows((3, 4), (2, 4))
+    scale = torch.ones((), dtype=torch.float64)
+    flags = [ASSIGNED_LAYOUT, True, True, False, True, 0, 0]  # normalized, not decoupled, the mean
+    for assigned in (torch.tensor([0, 1, 2]), torch.tensor([0, -1, 1])):
+        with pytest.raises(IndexError, match="assigned"):
+            torch.ops.fastcl.one_positive(query, None, prototypes, scale, assigned, None, *flags)

@@ -20,10 +20,8 @@ class Loss {
  public:
   Loss(const OnePositive& args, const OnePositiveResult<T>& result) : args_(args), result_(result) {
     const bool views = args.layout == Layout::views;
-    const int64_t n = args.query.count;
     query_ = views ? unit_rows<T>({args.query, args.positive}, args.normalize)
                    : unit_rows<T>({args.query}, args.normalize);
-    if (!views) positive_ = unit_rows<T>({args.positive}, args.normalize);
     rows_ = query_.count;
     incoming_ = args.mean ? T(1) / rows_ : T(1);
     problem_.query = query_.as_rows();
@@ -31,22 +29,17 @@ class Loss {
     problem_.bias2 = nullptr;
     problem_.symmetric = views;
     set_keys();
+    if (assigned()) set_assigned();
     if constexpr (std::is_same_v<T, float>)
       if (args.scale != 0) set_bfloat16_rows();
-    if (args.layout != Layout::negatives) {
-      ids_ = allocate<int64_t>(rows_);
-      for (int64_t i = 0; i < rows_; i++) ids_[i] = i % n;
-      problem_.exclude = {ids_.get(), ids_.get()};
-    } else {
-      problem_.exclude = {args.query_ids ? args.negative_ids : nullptr, args.query_ids};
-    }
+    set_excluded();
     pull_ = allocate_filled<T>(rows_, T(0));
     losses_ = allocate_filled<T>(rows_, T(0));
   }
 
   void run() {
     const bool gradients = result_.query || result_.positive || result_.negatives || result_.scale;
-    const bool keys_wanted = args_.layout == Layout::negatives ? result_.negatives : result_.positive;
+    const bool keys_wanted = keys_given() ? result_.negatives : result_.positive;
     const bool two_sided = args_.layout == Layout::views || args_.layout == Layout::pairs;
     if (problem_.symmetric && rows_ <= kSingleTile)
       run_single_tile(gradients);
@@ -62,12 +55,18 @@ class Loss {
   }
 
  private:
+  bool assigned() const { return args_.layout == Layout::assigned; }
+  bool keys_given() const { return args_.layout == Layout::negatives || assigned(); }
+
   void set_keys() {
     if (args_.layout == Layout::views) {
       problem_.key = problem_.query;
-    } else if (args_.layout != Layout::negatives) {
+      return;
+    }
+    if (!assigned()) positive_ = unit_rows<T>({args_.positive}, args_.normalize);
+    if (!keys_given()) {
       problem_.key = positive_.as_rows();
-    } else if (args_.normalize_negatives || result_.negatives) {
+    } else if (args_.normalize_negatives || result_.negatives || assigned()) {
       negatives_ = unit_rows<T>({args_.negatives}, args_.normalize_negatives);
       problem_.key = negatives_.as_rows();
     } else {
@@ -75,11 +74,43 @@ class Loss {
     }
   }
 
+  // The positives are rows of the keys; which queries have which.
+  void set_assigned() {
+    const int64_t keys = negatives_.count;
+    positive_.count = rows_;
+    positive_.width = negatives_.width;
+    positive_.stride = negatives_.stride;
+    positive_.rows = allocate<T>(rows_ * positive_.stride);
+    first_assigned_ = allocate_filled<int64_t>(keys + 1, 0);
+    assigned_ = allocate<int64_t>(rows_);
+    for (int64_t i = 0; i < rows_; i++) {
+      const int64_t key = args_.query_ids[i];
+      if (key < 0 || key >= keys) throw std::out_of_range("assigned names a row that is not there");
+      std::copy_n(negatives_.row(key), positive_.stride, positive_.row(i));
+      first_assigned_[key + 1]++;
+    }
+    std::partial_sum(first_assigned_.get(), first_assigned_.get() + keys + 1, first_assigned_.get());
+    Buffer<int64_t> next = allocate<int64_t>(keys);
+    std::copy_n(first_assigned_.get(), keys, next.get());
+    for (int64_t i = 0; i < rows_; i++) assigned_[next[args_.query_ids[i]]++] = i;
+  }
+
+  void set_excluded() {
+    if (args_.layout == Layout::negatives) {
+      problem_.exclude = {args_.query_ids ? args_.negative_ids : nullptr, args_.query_ids};
+      return;
+    }
+    const int64_t count = assigned() ? negatives_.count : rows_;
+    ids_ = allocate<int64_t>(count);
+    for (int64_t i = 0; i < count; i++) ids_[i] = assigned() ? i : i % args_.query.count;
+    problem_.exclude = {ids_.get(), assigned() ? args_.query_ids : ids_.get()};
+  }
+
   void set_bfloat16_rows() {
     if (args_.layout == Layout::views) {
       if (rows_ > kSingleTile)
         bfloat16_ = bfloat16_sides({args_.query, args_.positive}, query_, nullptr, nullptr, args_.precision);
-    } else if (args_.layout == Layout::negatives) {
+    } else if (keys_given()) {
       bfloat16_ = bfloat16_sides({args_.query}, query_, &args_.negatives,
                                  args_.normalize_negatives ? &negatives_ : nullptr, args_.precision);
     } else {
@@ -221,13 +252,17 @@ class Loss {
     write_gradients<T>(positive_, scale, pulled, rows_of(result_.positive, width), nullptr);
   }
 
-  // The gradient of key i, which is a positive or a negative, from its sum as a negative; in place.
+  // The gradient of key i, which may be a positive, from its sum as a negative; in place.
   void write_key(int64_t i, T* sum) {
-    const bool negative = args_.layout == Layout::negatives;
-    const UnitRows<T>& unit = negative ? negatives_ : positive_;
-    if (!negative) kernels<T>().add_scaled(sum, query_.row(i), -pull_[i], query_.stride);
+    const UnitRows<T>& unit = keys_given() ? negatives_ : positive_;
+    auto pull = [&](int64_t query) {
+      kernels<T>().add_scaled(sum, query_.row(query), -pull_[query], query_.stride);
+    };
+    if (!keys_given()) pull(i);
+    for (int64_t k = assigned() ? first_assigned_[i] : 0; assigned() && k < first_assigned_[i + 1]; k++)
+      pull(assigned_[k]);
     input_gradient(unit, i, static_cast<T>(args_.scale), sum);
-    std::copy_n(sum, unit.width, (negative ? result_.negatives : result_.positive) + i * unit.width);
+    std::copy_n(sum, unit.width, (keys_given() ? result_.negatives : result_.positive) + i * unit.width);
   }
 
   const OnePositive& args_;
@@ -236,6 +271,7 @@ class Loss {
   BFloat16Sides bfloat16_;
   Problem<T> problem_;
   Buffer<int64_t> ids_;
+  Buffer<int64_t> first_assigned_, assigned_;  // queries by their positive, and where each key's begin
   int64_t rows_;
   T incoming_;
   Buffer<T> pull_;  // minus the gradient of the positive's logit

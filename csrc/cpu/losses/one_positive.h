@@ -9,7 +9,7 @@ namespace fastcl::cpu {
 struct OnePositive {
   Input query, positive, negatives;
   double scale;
-  const int64_t *query_ids, *negative_ids;
+  const int64_t *query_ids, *negative_ids;  // of the assigned layout: which of the negatives is the positive
   Layout layout;
   bool normalize, normalize_negatives;
   bool decoupled;  // lse_neg less the positive's logit, in place of its softplus

@@ -67,6 +67,9 @@ void add_losses(const Dense& x, const Dense& p, const Dense& y, double scale, do
   }
 }
 
+// Query i's, of the assigned layout: some keys are several queries', others nobody's.
+size_t assigned_to(size_t i, size_t keys) { return i / 2 * 5 % keys; }
+
 Result exact(Layout layout, const Dense& query, const Dense& positive, const Dense& negatives, double scale) {
   const Dense q = unit(query), p = unit(positive), k = unit(negatives);
   const size_t n = q.size(), width = q[0].size();
@@ -88,6 +91,12 @@ Result exact(Layout layout, const Dense& query, const Dense& positive, const Den
     }
   } else if (layout == Layout::negatives) {
     add_losses(q, p, k, scale, 1.0 / n, [](size_t, size_t) { return false; }, result, of_q, of_p, of_k);
+  } else if (layout == Layout::assigned) {
+    Dense picked = zeros(n, width);
+    for (size_t i = 0; i < n; i++) picked[i] = k[assigned_to(i, k.size())];
+    auto is_positive = [&](size_t i, size_t j) { return j == assigned_to(i, k.size()); };
+    add_losses(q, picked, k, scale, 1.0 / n, is_positive, result, of_q, of_p, of_k);
+    for (size_t i = 0; i < n; i++) add_scaled(of_k[assigned_to(i, k.size())], of_p[i], 1);
   } else {
     const bool pairs = layout == Layout::pairs;
     Dense of_other = of_p;
@@ -143,10 +152,14 @@ void check_loss(Layout layout, DType dtype, int64_t count, int64_t width) {
   Random random(static_cast<uint32_t>(100 * count + width));
   const Rows query = random_rows(random, dtype, count, width),
              positive = random_rows(random, dtype, count, width),
-             negatives = random_rows(random, dtype, layout == Layout::negatives ? 3 * count + 1 : 0, width);
+             negatives = random_rows(random, dtype, layout >= Layout::negatives ? 3 * count + 1 : 0, width);
+  std::vector<int64_t> assigned;
+  for (int64_t i = 0; i < count; i++) assigned.push_back(assigned_to(i, 3 * count + 1));
+  const bool has_positives = layout != Layout::assigned;
   OnePositive args{};
   args.query = query.input;
-  args.positive = positive.input;
+  if (has_positives) args.positive = positive.input;
+  if (!has_positives) args.query_ids = assigned.data();
   args.negatives = negatives.input;
   args.scale = kScale;
   args.layout = layout;
@@ -156,7 +169,7 @@ void check_loss(Layout layout, DType dtype, int64_t count, int64_t width) {
   std::vector<T> of_query(count * width, T(NAN)), of_positive = of_query,
                                                   of_negatives(negatives.input.count * width, T(NAN));
   const bool has_negatives = negatives.input.count > 0;
-  one_positive<T>(args, {&loss, of_query.data(), of_positive.data(),
+  one_positive<T>(args, {&loss, of_query.data(), has_positives ? of_positive.data() : nullptr,
                          has_negatives ? of_negatives.data() : nullptr, &scale});
   const Result result = exact(layout, query.dense, positive.dense, negatives.dense, kScale);
   // bfloat16 rows may be multiplied by weights that are rounded to bfloat16
@@ -164,7 +177,8 @@ void check_loss(Layout layout, DType dtype, int64_t count, int64_t width) {
   check("one_positive", std::abs(loss / result.loss - 1), 32 * kEpsilon<T>);
   check("one_positive, gradient of the scale", std::abs(scale - result.scale), gradient_bound);
   check("one_positive, gradient of the query", error_of(of_query, result.query), gradient_bound);
-  check("one_positive, gradient of the positive", error_of(of_positive, result.positive), gradient_bound);
+  if (has_positives)
+    check("one_positive, gradient of the positive", error_of(of_positive, result.positive), gradient_bound);
   if (has_negatives)
     check("one_positive, gradient of the negatives", error_of(of_negatives, result.negatives),
           gradient_bound);
@@ -173,7 +187,8 @@ void check_loss(Layout layout, DType dtype, int64_t count, int64_t width) {
 }  // namespace
 
 void check_one_positive() {
-  for (const Layout layout : {Layout::views, Layout::batch, Layout::pairs, Layout::negatives}) {
+  for (const Layout layout :
+       {Layout::views, Layout::batch, Layout::pairs, Layout::negatives, Layout::assigned}) {
     for (const int64_t count : {2, 7, 33, 70}) {
       for (const int64_t width : {2, 33, 128}) {
         check_loss<float>(layout, DType::float32, count, width);

@@ -32,16 +32,18 @@ BATCH = 1  # query with all positives (InfoNCE in-batch)
 PAIRS = 2  # query with all positives and the reverse, averaged (CLIP)
 NEGATIVES = 3  # query with the given negatives (InfoNCE, MoCo)
 PAIRED = 4  # each query with negatives of its own
+ASSIGNED = 5  # query with the given negatives, one of which is its positive (ProtoNCE)
 
 
 class OnePositive(NamedTuple):
     """Arguments of one loss, in the order of the op's schema (whose last one says only: mean or sum)."""
 
     query: Tensor  # (N, D)
-    positive: Tensor  # (N, D)
-    negatives: Tensor | None  # (M, D) with NEGATIVES, (N, M, D) with PAIRED, else None
+    positive: Tensor | None  # (N, D); None with ASSIGNED
+    negatives: Tensor | None  # (M, D) with NEGATIVES and ASSIGNED, (N, M, D) with PAIRED, else None
     scale: Tensor  # (), or (N, 1) until with_scaled_rows
-    query_ids: Tensor | None = None  # (N,) int64, with NEGATIVES: negatives of the same id are excluded
+    # (N,) int64, with NEGATIVES: negatives of the same id are excluded; with ASSIGNED: which is the positive
+    query_ids: Tensor | None = None
     negative_ids: Tensor | None = None  # (M,) int64
     layout: int = BATCH
     normalize: bool = True  # query and positive
@@ -54,7 +56,7 @@ class OnePositive(NamedTuple):
         """Whether every whole-loss op takes these arguments; those of all forms take them in any case."""
         as_they_are = self.negatives is not None and not self.normalize_negatives
         learned = self.negatives is not None and self.negatives.requires_grad
-        return not (self.layout == PAIRED or self.decoupled or (as_they_are and learned))
+        return not (self.layout in (PAIRED, ASSIGNED) or self.decoupled or (as_they_are and learned))
 
     @property
     def simple_rule(self) -> bool:
@@ -62,15 +64,19 @@ class OnePositive(NamedTuple):
         return True
 
     def in_compute_dtype(self) -> OnePositive:
-        """Query and positive converted once: both enter twice, and their gradients should round once."""
+        """What enters twice converted once, so that its gradient rounds once: queries and positives."""
         dtype = compute_dtype(self.query.dtype)
-        return self._replace(query=anchored(self.query).to(dtype), positive=anchored(self.positive).to(dtype))
+        query = anchored(self.query).to(dtype)
+        if self.positive is not None:
+            return self._replace(query=query, positive=anchored(self.positive).to(dtype))
+        assert self.negatives is not None
+        return self._replace(query=query, negatives=anchored(self.negatives).to(dtype))
 
     def with_scaled_rows(self) -> OnePositive:
         """The same loss with the rows' own scales in the queries."""
         return self._replace(
             query=unit_rows(self.query, self.normalize) * self.scale.to(compute_dtype(self.query.dtype)),
-            positive=unit_rows(self.positive, self.normalize),
+            positive=None if self.positive is None else unit_rows(self.positive, self.normalize),
             scale=torch.ones((), dtype=self.scale.dtype, device=self.scale.device),
             normalize=False,
         )
@@ -83,13 +89,16 @@ class OnePositive(NamedTuple):
         query, key = self.query, self.positive
         query_ids, key_ids = self.query_ids, self.negative_ids
         normalize = self.normalize
-        if self.layout == NEGATIVES:
+        if self.layout in (NEGATIVES, ASSIGNED):
             assert self.negatives is not None
             key = self.negatives
+            if self.layout == ASSIGNED:
+                key_ids = torch.arange(key.shape[0], device=key.device)
             if normalize != self.normalize_negatives:
                 query, normalize = unit_rows(query, normalize), False
                 key = unit_rows(key) if self.normalize_negatives else key
         else:
+            assert key is not None
             query_ids = key_ids = torch.arange(query.shape[0], device=query.device)
             if self.layout == VIEWS:
                 query = key = torch.cat([query, key])
@@ -133,7 +142,14 @@ class OnePositive(NamedTuple):
             return masked_logsumexp(logits, torch.ones_like(logits, dtype=torch.bool))
 
     def _positive_logit(self) -> Tensor:
-        query, positive = unit_rows(self.query, self.normalize), unit_rows(self.positive, self.normalize)
+        query = unit_rows(self.query, self.normalize)
+        if self.layout == ASSIGNED:
+            assert self.negatives is not None
+            assert self.query_ids is not None
+            positive = unit_rows(self.negatives[self.query_ids], self.normalize_negatives)
+        else:
+            assert self.positive is not None
+            positive = unit_rows(self.positive, self.normalize)
         logit = row_dot(query, positive) * self.scale.to(query.dtype)
         return logit.repeat(2) if self.layout == VIEWS else logit
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastcl.backends import reference
 from fastcl.losses.families.many_positives import MANY_POSITIVES_INPUTS, MANY_POSITIVES_TENSORS, ManyPositives
@@ -178,14 +179,25 @@ def whole_loss_gradient(
 ) -> list[Tensor | None]:
     """From the gradients for an incoming 1 that the op returned with the loss, for the bits ``computed``."""
     grads: list[Tensor | None] = [None] * len(inputs)
+    as_they_are = _is_one(grad_loss)
     grad_loss = first_order(grad_loss, inputs)
     for i, (x, grad) in enumerate(zip(inputs, unit_grads, strict=True)):
         if x is None or not wanted[i]:
             continue
         if not computed >> i & 1:
             raise RuntimeError("a whole loss was called without need of a gradient that is now wanted")
-        grads[i] = (grad_loss * grad).to(x.dtype)
+        grads[i] = (grad if as_they_are else grad_loss * grad).to(x.dtype)
     return grads
+
+
+def _is_one(grad: Tensor) -> bool:
+    """Whether an incoming gradient is plainly 1, that of ``loss.backward()``, where to look costs nothing."""
+    if type(grad) is not Tensor or grad.device.type != "cpu" or _get_current_dispatch_mode() is not None:
+        return False
+    try:
+        return grad.item() == 1
+    except RuntimeError:  # under vmap it has no single value
+        return False
 
 
 def _second_order_one_positive(

@@ -22,14 +22,12 @@ class Members {
   }
 
   void add(const PairSets& sets) {
-    for (const Ids& ids : sets.ids) add(ids, true);
+    for (const Ids& ids : sets.ids) add(ids);
     for (const Mask& mask : sets.masks) add(mask);
   }
-  // The pairs whose ids are equal, or are not.
-  void add(Ids ids, bool equal) {
+  void add(Ids ids) {
     for (int64_t r = 0; r < rows_; r++)
-      for (int64_t l = 0; l < lanes_; l++)
-        row(r)[l] |= (ids.row[key_begin_ + r] == ids.lane[query_begin_ + l]) == equal;
+      for (int64_t l = 0; l < lanes_; l++) row(r)[l] |= ids.row[key_begin_ + r] == ids.lane[query_begin_ + l];
   }
   void add(const Mask& mask) {
     for (int64_t l = 0, lanes; l < lanes_; l += lanes) {  // up to where the mask repeats
@@ -130,23 +128,31 @@ bool is_symmetric(const Mask& mask) {
 template <class T>
 void exclude_pairs(const Problem<T>& problem, Tile<T> tile, int64_t query_begin, int64_t key_begin,
                    Scratch& scratch) {
-  if (problem.exclude.row) {
-    const Ids ids{problem.exclude.row + key_begin, problem.exclude.lane + query_begin};
-    if (may_meet(ids, tile.rows, tile.lanes)) kernels<T>().exclude(tile, ids);
-  }
+  const Kernels<T>& k = kernels<T>();
+  auto exclude_equal = [&](Ids ids) {
+    const Ids own{ids.row + key_begin, ids.lane + query_begin};
+    if (may_meet(own, tile.rows, tile.lanes)) k.exclude(tile, own);
+  };
+  auto exclude_different = [&](Ids ids) {
+    k.exclude_different(tile, {ids.row + key_begin, ids.lane + query_begin});
+  };
+  if (problem.exclude.row) exclude_equal(problem.exclude);
   if (!problem.rule) return;
   const PairRule& rule = *problem.rule;
+  for (const Ids& ids : rule.exclude.ids) exclude_equal(ids);
+  if (rule.within.row) exclude_different(rule.within);
   uint8_t* const memory = scratch.take<uint8_t>(kRuleSlot, tile.rows * tile.stride);
-  if (!rule.only.empty()) {
+  if (rule.only.ids.size() == 1 && rule.only.masks.empty()) {
+    exclude_different(rule.only.ids[0]);
+  } else if (!rule.only.empty()) {
     Members members(tile, query_begin, key_begin, memory);
     members.add(rule.only);
     members.complement();
     members.exclude_from(tile);
   }
-  if (rule.exclude.empty() && !rule.within.row && !rule.excluded_per_query) return;
+  if (rule.exclude.masks.empty() && !rule.excluded_per_query) return;
   Members members(tile, query_begin, key_begin, memory);
-  members.add(rule.exclude);
-  if (rule.within.row) members.add(rule.within, false);
+  for (const Mask& mask : rule.exclude.masks) members.add(mask);
   members.add_keys(rule.exclude_keys, rule.excluded_per_query);
   members.exclude_from(tile);
 }

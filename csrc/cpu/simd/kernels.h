@@ -114,7 +114,9 @@ struct Kernels {
   // row_out += tile x
   void (*add_to_rows)(Tile<T> tile, const T* x, int64_t x_stride, T* out, int64_t out_stride, int64_t width);
 
+  // The pairs of equal ids, or of different ones.
   void (*exclude)(Tile<T> tile, Ids ids);
+  void (*exclude_different)(Tile<T> tile, Ids ids);
   // Moves positives to `positive` (excluded elsewhere there) and adds their sums and counts.
   void (*split)(Tile<T> tile, Tile<T> positive, Ids ids, PositiveSums<T> lane, PositiveSums<T> row);
 

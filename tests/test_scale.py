@@ -6,10 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from loss_table import LOSSES
 
 import fastcl
 from fastcl import testing
+from fastcl.backends import native
 
 GROWTH = """
 import resource, sys
@@ -142,3 +144,37 @@ def test_nt_xent_row_for_row_at_4096():
             got = fastcl.nt_xent(z1, z2, 0.1, reduction="none")
     assert got.shape == (8192,)
     testing.assert_within_budget(got, exact, baseline, unit=10.0, name="nt_xent rows")
+
+
+@pytest.mark.skipif(native.missing_reason() is not None, reason="needs the native extension")
+@pytest.mark.parametrize("rows", [1665, 2240])
+@pytest.mark.parametrize("loss", ["info_nce", "prototype_nce"])
+def test_keys_of_more_weights_than_are_kept_at_a_time(loss, rows):
+    """Weights of 5,000 keys are kept for 1,664 queries: the others come in a smaller chunk."""
+    query, positive, keys = (
+        testing.make_case("random", (rows, rows, 4), seed=1).query,
+        testing.make_case("random", (rows, rows, 4), seed=2).query,
+        testing.make_case("random", (5000, 5000, 4), seed=3).query,
+    )
+    assigned = torch.arange(rows) * 2
+
+    def fused(query, keys):
+        if loss == "info_nce":
+            return fastcl.info_nce(query, positive, keys, temperature=0.2)
+        return fastcl.prototype_nce(query, keys, assigned, 0.2)
+
+    def dense(query, keys):
+        if loss == "info_nce":
+            return testing.dense_info_nce(query, positive.double(), keys, temperature=0.2)
+        query, keys = F.normalize(query, dim=1), F.normalize(keys, dim=1)
+        return F.cross_entropy(query @ keys.T / 0.2, assigned)
+
+    got, exact = (
+        torch.autograd.grad(function(*leaves), leaves)
+        for function, leaves in (
+            (fused, [query.clone().requires_grad_(), keys.clone().requires_grad_()]),
+            (dense, [query.double().requires_grad_(), keys.double().requires_grad_()]),
+        )
+    )
+    for x, y in zip(got, exact, strict=True):
+        assert (x - y).norm() < 1e-5 * y.norm()

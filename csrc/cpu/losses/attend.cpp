@@ -11,6 +11,8 @@ constexpr int64_t kKeyRows = 192;                  // keys per tile
 constexpr int64_t kKeptBytes = int64_t{32} << 20;  // of weights
 constexpr int64_t kMinChunk = 64;                  // queries whose weights are kept at a time
 
+int64_t block_of(int64_t queries) { return even_block(queries, kMaxBlock); }
+
 // The weights of a chunk of queries, kept from the first sweep over the keys for the second, and the maxima
 // to which they are relative: those of the keys before them in their part.
 template <class T>
@@ -18,8 +20,7 @@ struct KeptWeights {
   int64_t block, blocks;
   Buffer<T> weights, maxima;
 
-  KeptWeights(int64_t queries, int64_t keys)
-      : block(even_block(queries, kMaxBlock)), blocks(ceil_div(queries, block)) {
+  KeptWeights(int64_t queries, int64_t keys) : block(block_of(queries)), blocks(ceil_div(queries, block)) {
     weights = allocate<T>(ceil_div(keys, kKeyRows) * blocks * kKeyRows * block);
     maxima = allocate<T>(ceil_div(keys, kKeyRows) * blocks * block);
   }
@@ -41,7 +42,7 @@ class Attention {
 
   // The first sweep, for `count` queries from `first` on; their weights go to `kept`, unless it is null.
   void attend(int64_t first, int64_t count, const KeptWeights<T>* kept) {
-    const int64_t block = even_block(count, kMaxBlock), blocks = ceil_div(count, block);
+    const int64_t block = block_of(count), blocks = ceil_div(count, block);
     const int64_t tiles = ceil_div(problem_.key.count, kKeyRows);
     const int64_t parts = parts_of_keys(count, problem_.key.count);
     if (parts == 1) {
@@ -178,13 +179,13 @@ template <class T>
 Attended<T> attend_with_keys(const Problem<T>& problem, const RowFactor<T>& factor, const KeySums<T>& emit) {
   const int64_t queries = problem.query.count, chunk = chunk_of(problem);
   Attention<T> attention(problem);
-  const KeptWeights<T> kept(chunk, problem.key.count);
   const Buffer<T> factors = allocate<T>(queries);
   const int64_t width = attention.width();
   Partials<T> all;  // of the keys, where it takes several chunks
   if (chunk < queries) all = make_partials<T>(1, problem.key.count, width);
   for (int64_t first = 0; first < queries; first += chunk) {
     const int64_t count = std::min(chunk, queries - first);
+    const KeptWeights<T> kept(count, problem.key.count);
     attention.attend(first, count, &kept);
     for_each_range(count, kMinChunk, [&](int64_t begin, int64_t end, Scratch&) {
       for (int64_t i = first + begin; i < first + end; i++) {

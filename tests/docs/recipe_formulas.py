@@ -334,16 +334,19 @@ def mice_rows(a, b, gate, experts):
 
 
 def mice(*x):
+    """The paper's negative evidence bound, at the posterior of the experts."""
     student, teacher, gate, experts = mice_rows(*x)
     gates = gate.exp() / gate.exp().sum(1, keepdim=True)
     total = 0
     for n in range(N):
-        found = 0
+        found = []
         for k, stored in enumerate(queues(2)):
-            query = student[k, n] + experts[k]
+            query = student[k, n] + experts[k] / experts[k].norm()
             own, rest = (query @ teacher[k, n]).exp(), (stored.keys.double() @ query).exp().sum()
-            found = found + gates[n, k] * own / (own + rest)
-        total = total - found.log()
+            found.append(own / (own + rest))
+        joint = gates[n] * torch.stack(found)
+        posterior = (joint / joint.sum()).detach()
+        total = total - (posterior * (joint.log() - posterior.log())).sum()
     return total / N
 
 

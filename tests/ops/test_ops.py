@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 import fastcl
 from fastcl import testing
+from fastcl.backends import native
 from fastcl.similarity.problem import Problem
 
 OPS = torch.ops.fastcl
@@ -285,3 +286,24 @@ def test_nothing_warns(backend):
         for loss in LOSSES.values():
             inputs = [x.requires_grad_() for x in loss.inputs(testing.make_case("random", (6, 7, 5)))]
             loss.product(*inputs, loss.factor(0.1)).backward()
+
+
+@pytest.mark.skipif(native.missing_reason() is not None, reason="needs the native extension")
+def test_a_gradient_changed_in_place_spoils_no_second_backward_unnoticed():
+    z1, z2 = (torch.randn(8, 4, requires_grad=True) for _ in range(2))
+    loss = fastcl.nt_xent(z1, z2)
+    expected = torch.autograd.grad(loss, z1, retain_graph=True)[0].clone()
+    loss.backward(retain_graph=True)
+    z1.grad.mul_(5)
+    assert torch.autograd.grad(loss, z1, retain_graph=True)[0].equal(expected)
+    torch.autograd.grad(loss, z1, retain_graph=True)[0].mul_(5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, z1)
+
+
+def test_incoming_gradients_in_a_batch():
+    z1, z2 = (torch.randn(8, 4, requires_grad=True) for _ in range(2))
+    one, *others = torch.autograd.grad(
+        fastcl.nt_xent(z1, z2), z1, torch.tensor([1.0, 2.0, -3.0]), is_grads_batched=True
+    )[0]
+    torch.testing.assert_close(torch.stack(others), torch.stack([2 * one, -3 * one]))

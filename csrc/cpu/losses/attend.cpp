@@ -199,7 +199,8 @@ Attended<T> attend_with_keys(const Problem<T>& problem, const RowFactor<T>& fact
       return sum;
     };
     attention.sum_keys(first, count, kept, factors.get(), sums, [&](int64_t key, int64_t rows, T* sum) {
-      for (int64_t r = 0; first + count == queries && r < rows; r++) emit(key + r, sum + r * width);
+      if (first + count < queries) return;
+      for (int64_t r = 0; r < rows; r++) emit(key + r, sum + r * width);
     });
   }
   return std::move(attention.result());

@@ -258,9 +258,11 @@ class Loss {
     auto pull = [&](int64_t query) {
       kernels<T>().add_scaled(sum, query_.row(query), -pull_[query], query_.stride);
     };
-    if (!keys_given()) pull(i);
-    for (int64_t k = assigned() ? first_assigned_[i] : 0; assigned() && k < first_assigned_[i + 1]; k++)
-      pull(assigned_[k]);
+    if (assigned()) {
+      for (int64_t k = first_assigned_[i]; k < first_assigned_[i + 1]; k++) pull(assigned_[k]);
+    } else if (!keys_given()) {
+      pull(i);
+    }
     input_gradient(unit, i, static_cast<T>(args_.scale), sum);
     std::copy_n(sum, unit.width, (keys_given() ? result_.negatives : result_.positive) + i * unit.width);
   }

@@ -60,10 +60,10 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(NATIVE)
 
-# $(call with_build,NAME,SETTINGS,COMMAND): an extension of its own takes the usual one's place while COMMAND runs
-with_build = mkdir -p build; cp fastcl/_native.abi3.so build/usual.so; \
+# $(call with_build,NAME,SETTINGS,COMMAND): libraries of its own take the usual ones' place while COMMAND runs
+with_build = mkdir -p build/usual; cp fastcl/*.so build/usual; \
   $(2) $(BIN)/python setup.py -q build_ext --inplace --build-temp build/$(1) && $(3); \
-  status=$$?; mv build/usual.so fastcl/_native.abi3.so; exit $$status
+  status=$$?; mv build/usual/*.so fastcl; exit $$status
 
 SANITIZERS = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
 asan: $(VENV)/.installed

@@ -43,8 +43,10 @@ CPU_SOURCES = {
     str(path) for room in ("losses", "run", "simd") for path in Path("csrc/cpu", room).glob("*.cpp")
 }
 CPU_SOURCES -= {KERNELS, BFLOAT16_KERNELS}
-# the last: as the tests run CUDA kernels
-SOURCES = sorted({*map(str, Path("csrc").glob("*.cpp")), *CPU_SOURCES, "csrc/cuda/host_ops.cpp"})
+OP_SOURCES = sorted([*map(str, Path("csrc").glob("*.cpp")), "csrc/cuda/ops.cpp"])
+HOST_SOURCES = sorted(
+    map(str, Path("csrc/host").glob("*.cpp"))
+)  # for the tests and the benchmarks of a checkout
 # compute_80 also as PTX, which newer GPUs compile for themselves
 CUDA_TARGETS = ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
@@ -68,7 +70,14 @@ NEEDS_TORCH = """fastcl compiles against the torch it will run with, and there i
 
 
 class Build(build_ext):
-    """One shared library, of the sources once each and of the kernels once per instruction set."""
+    """One shared library, of the sources once each and of the kernels once per instruction set.
+
+    In a checkout also ``fastcl/_host.so``, of what the tests and benchmarks measure and compare with.
+    """
+
+    def run(self):
+        self.in_checkout = self.inplace or self.editable_mode
+        super().run()
 
     def build_extension(self, ext):
         check_torch()
@@ -76,7 +85,8 @@ class Build(build_ext):
         folder = Path(self.build_temp).absolute()
         library = Path(self.get_ext_fullpath(ext.name)).absolute()
         library.parent.mkdir(parents=True, exist_ok=True)
-        run_ninja(folder, build_rules(folder, library, with_cuda()), self.force)
+        host = Path("fastcl/_host.so").absolute() if self.in_checkout else None
+        run_ninja(folder, build_rules(folder, library, host, with_cuda()), self.force)
 
     def get_ext_filename(self, fullname):
         return fullname.replace(".", "/") + ".abi3.so"
@@ -107,7 +117,7 @@ class KernelsTest(Command):
             if source == KERNELS:
                 builds.append((name.replace(source, VEC_TEST), VEC_TEST, flags))
         lines, objects = object_rules(self.folder, builds, [])
-        lines += link_rules(self.folder / "kernels_test", objects, ["-pthread", *SANITIZE])
+        lines += [link_rule(["-pthread", *SANITIZE]), link(self.folder / "kernels_test", objects.values())]
         run_ninja(self.folder, lines, False)
 
 
@@ -166,7 +176,7 @@ def level_builds(machine):
 
 
 def object_rules(folder, builds, includes):
-    """What ninja reads of objects with their name, source and flags; and the objects."""
+    """What ninja reads of objects with their name, source and flags; and the objects by name."""
     flags = [*CXX_FLAGS, f"-I{Path('csrc').absolute()}", *includes]
     lines = [
         f"builddir = {folder}",
@@ -174,47 +184,56 @@ def object_rules(folder, builds, includes):
         f"rule cxx\n  command = {CXX} $cxxflags $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = $in $flags",
     ]
-    objects = []
+    objects = {}
     for name, source, flags in builds:
-        objects.append(str(folder / f"{name.replace('/', '.')}.o"))
-        lines.append(f"build {objects[-1]}: cxx {Path(source).absolute()}\n  flags = {' '.join(flags)}")
+        objects[name] = str(folder / f"{name.replace('/', '.')}.o")
+        lines.append(f"build {objects[name]}: cxx {Path(source).absolute()}\n  flags = {' '.join(flags)}")
     return lines, objects
 
 
-def link_rules(result, objects, flags):
+def link_rule(flags):
+    """The same of how objects are linked."""
+    return f"rule link\n  command = {CXX} $in -o $out {' '.join(flags)} $libraries"
+
+
+def link(result, objects, libraries=()):
     """The same of what is linked."""
-    return [
-        f"rule link\n  command = {CXX} $in -o $out {' '.join(flags)}",
-        f"build {result}: link {' '.join(objects)}",
-    ]
+    return f"build {result}: link {' '.join(objects)}\n  libraries = {' '.join(libraries)}"
 
 
-def build_rules(folder, library, cuda):
-    """The same of the extension."""
+def build_rules(folder, library, host, cuda):
+    """The same of the extension, and of ``host`` if there is one."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     includes = [f"-isystem{path}" for path in include_paths()]
-    link = ["-shared", *SANITIZE, *(f"-L{path}" for path in library_paths())]
-    link += ["-ltorch_cpu", "-ltorch", "-lc10"]
-    link += ["-l:libgcc.a"]  # conversions of half precision, which libgcc_s has from GCC 12 on only
-    # the slowest first
-    builds = [*level_builds(platform.machine()), *((source, source, []) for source in SOURCES)]
+    flags = ["-shared", *SANITIZE, *(f"-L{path}" for path in library_paths())]
+    flags += ["-ltorch_cpu", "-ltorch", "-lc10"]
+    flags += ["-l:libgcc.a"]  # conversions of half precision, which libgcc_s has from GCC 12 on only
+    of_cuda = ["csrc/cuda/device_ops.cpp"] if cuda else []
+    of_host = HOST_SOURCES if host else []
+    levels = level_builds(platform.machine())  # the slowest first
+    sources = [*OP_SOURCES, *sorted(CPU_SOURCES), *of_cuda, *of_host]
+    lines, objects = object_rules(folder, [*levels, *((name, name, []) for name in sources)], includes)
+    lines.append(link_rule(flags))
+    if host:
+        lines.append(
+            link(host, [made for name, made in objects.items() if name not in {*OP_SOURCES, *of_cuda}])
+        )
+    made = [made for name, made in objects.items() if name not in of_host]
+    libraries = []
     if cuda:
-        builds.append(("csrc/cuda/device_ops.cpp", "csrc/cuda/device_ops.cpp", []))
-    lines, objects = object_rules(folder, builds, includes)
-    if cuda:
-        objects.append(str(folder / "device.o"))
+        made.append(str(folder / "device.o"))
         targets = [f"-gencode={target}" for target in CUDA_TARGETS]
         nvcc = [NVCC, *NVCC_FLAGS, f"-I{Path('csrc').absolute()}"]
         nvcc += [*(flag.replace("-isystem", "-I") for flag in includes), "--threads", "0"]
         lines += [
             f"rule nvcc\n  command = {' '.join([*nvcc, *targets])} -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc",
-            f"build {objects[-1]}: nvcc {Path('csrc/cuda/device.cu').absolute()}",
+            f"build {made[-1]}: nvcc {Path('csrc/cuda/device.cu').absolute()}",
         ]
         # static, and it finds the driver at run time, so that the library loads where there is none
-        link += [f"-L{cuda_libraries()}", "-lcudart_static", "-ldl", "-lrt"]
-    return [*lines, *link_rules(library, objects, link)]
+        libraries = [f"-L{cuda_libraries()}", "-lcudart_static", "-ldl", "-lrt"]
+    return [*lines, link(library, made, libraries)]
 
 
 def cuda_libraries():
@@ -236,7 +255,7 @@ def extensions():
     return [
         Extension(
             "fastcl._native",
-            [*SOURCES, KERNELS, BFLOAT16_KERNELS],
+            [*OP_SOURCES, *sorted(CPU_SOURCES), KERNELS, BFLOAT16_KERNELS],
             depends=[str(path) for path in Path("csrc").rglob("*.*")],
             py_limited_api=True,
         )

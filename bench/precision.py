@@ -21,6 +21,7 @@ from bench import machine
 from bench.cases import FASTCL, LOSSES, PLAIN, Case, Step, step, step_of
 from bench.timing import Paired, paired, rounds_within, seconds
 from fastcl.similarity.numerics import matmul_precision_level
+from fastcl.testing.host import host_ops
 
 _SIZES = ((256, 128), (1024, 128), (4096, 128), (1024, 512))
 _MODES = (
@@ -62,7 +63,7 @@ def bare_gigaflops(dim: int, parts: int) -> float:
     rows = torch.randn(_TILE, dim)
 
     def run() -> None:
-        torch.ops.fastcl_native.repeat_logits(rows, parts, _REPEATS)
+        host_ops().repeat_logits(rows, parts, _REPEATS)
 
     best = min(seconds(run) for _ in range(rounds_within(0.5, [run])))
     return 2 * _TILE**2 * dim * _REPEATS * torch.get_num_threads() / best / 1e9
@@ -75,7 +76,7 @@ def measure(rows: int, dim: int, dtype: torch.dtype, precision: str) -> Row:
     arguments = tuple(x.detach().double().requires_grad_() for x in case.arguments())
     exact = step_of(case, LOSSES[case.loss].function(PLAIN), arguments)()
     loss_error, gradient_error = _errors(ours, exact)
-    parts = torch.ops.fastcl_native.operand_parts(case.arguments()[0], matmul_precision_level())
+    parts = host_ops().operand_parts(case.arguments()[0], matmul_precision_level())
     times = paired(plain, ours, _SECONDS)
     bare = bare_gigaflops(dim, parts)
     threads = torch.get_num_threads()
@@ -175,7 +176,7 @@ def main() -> None:
         rows.append(row)
         print(f"{row.size} {row.dtype} {row.precision}: {row.times.ratio:.2f}x, {row.share:.0%}", flush=True)
     torch.set_float32_matmul_precision("highest")
-    has_units = torch.ops.fastcl_native.operand_parts(torch.empty(0, dtype=torch.bfloat16), 0)
+    has_units = host_ops().operand_parts(torch.empty(0, dtype=torch.bfloat16), 0)
     split = bare_gigaflops(128, 2) if has_units else 0.0
     commit = get_commit_info()["id"][:10]  # type: ignore[no-untyped-call]
     text = markdown(rows, described, commit, split)

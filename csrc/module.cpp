@@ -8,7 +8,7 @@
 #include "cpu/losses/mochi.h"
 #include "cpu/losses/one_positive.h"
 #include "cpu/losses/sup_con.h"
-#include "cpu/run/products.h"
+#include "cpu/simd/isa.h"
 #include "fields.h"
 
 namespace fastcl::cpu {
@@ -189,30 +189,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mochi_op(Tensor query, Tensor positiv
   return {loss, grad_query, grad_positive, grad_scale};
 }
 
-// Of the operands of products of such rows, for measurements.
-int64_t operand_parts(Tensor x, int64_t precision) {
-  return bfloat16_parts({dtype_of(x)}, static_cast<Precision>(precision));
-}
-
-// For measurements: the similarities of a tile's rows to themselves, again and again on every thread.
-void repeat_logits(Tensor x, int64_t parts, int64_t repeats) {
-  const Input rows = input_of(x);
-  const BFloat16Side side = parts ? bfloat16_side({rows}, nullptr, static_cast<int>(parts)) : BFloat16Side{};
-  const UnitRows<float> unit = unit_rows<float>({rows}, false);
-  Problem<float> problem;
-  problem.query = problem.key = unit.as_rows();
-  problem.bfloat16 = {side.rows, side.rows, static_cast<int>(parts)};
-  problem.scale2 = 1;
-  for_each_task(torch::stable::get_num_threads(), [&](int64_t, Scratch& scratch) {
-    const Tile<float> tile{scratch.take<float>(kTileSlot, rows.count * rows.count), rows.count, rows.count,
-                           rows.count};
-    const auto products = make_products(problem, rows.count, rows.count, scratch);
-    products->set_lanes(0, rows.count);
-    products->set_rows(0, rows.count);
-    for (int64_t i = 0; i < repeats; i++) products->logits(tile);
-  });
-}
-
 std::tuple<int64_t, int64_t> isa_levels() {
   return {static_cast<int64_t>(best_isa()), static_cast<int64_t>(current_isa())};
 }
@@ -238,8 +214,6 @@ STABLE_TORCH_LIBRARY(fastcl_native, m) {
   m.def(
       "mochi(Tensor query, Tensor positive, Tensor keys, Tensor scale, Tensor first, Tensor second, "
       "Tensor alpha, Tensor partner, Tensor beta, int n_hard) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("repeat_logits(Tensor x, int parts, int repeats) -> ()");
-  m.def("operand_parts(Tensor x, int precision) -> int");
   m.def("isa_levels() -> (int, int)");
   m.def("force_isa(int level) -> ()");
 }
@@ -249,8 +223,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CPU, m) {
   m.impl("stats_backward", TORCH_BOX(&fastcl::cpu::stats_backward));
   m.impl("mochi", TORCH_BOX(&fastcl::cpu::mochi_op));
   m.impl("topk", TORCH_BOX(&fastcl::cpu::topk_op));
-  m.impl("repeat_logits", TORCH_BOX(&fastcl::cpu::repeat_logits));
-  m.impl("operand_parts", TORCH_BOX(&fastcl::cpu::operand_parts));
 }
 STABLE_TORCH_LIBRARY_IMPL(fastcl_native, CompositeExplicitAutograd, m) {
   m.impl("isa_levels", TORCH_BOX(&fastcl::cpu::isa_levels));

@@ -8,6 +8,7 @@ import torch
 
 import fastcl
 from fastcl.backends.registry import BACKENDS
+from fastcl.testing.host import host_ops
 
 ROOMY = 1 << 30  # bytes of shared memory
 
@@ -19,16 +20,16 @@ class Grid:
         self.blocks, self.shared_bytes = 6, ROOMY
 
     def one_positive(self, *arguments):
-        return torch.ops.fastcl_native.host_one_positive(*arguments, self.blocks, self.shared_bytes)
+        return host_ops().one_positive(*arguments, self.blocks, self.shared_bytes)
 
     def sup_con(self, *arguments):
-        return torch.ops.fastcl_native.host_sup_con(*arguments, self.blocks, self.shared_bytes)
+        return host_ops().sup_con(*arguments, self.blocks, self.shared_bytes)
 
     def mix_negatives(self, *arguments):
-        return torch.ops.fastcl_native.host_mix_negatives(*arguments, self.blocks, self.shared_bytes)
+        return host_ops().mix_negatives(*arguments, self.blocks, self.shared_bytes)
 
     def enqueue(self, *arguments):
-        torch.ops.fastcl_native.host_enqueue(*arguments, self.blocks)
+        host_ops().enqueue(*arguments, self.blocks)
 
 
 @contextmanager

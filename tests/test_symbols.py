@@ -45,3 +45,13 @@ def test_cpu_and_cuda_share_no_type():
     ours = {name for name, _ in defined(library) if name.startswith("fastcl::")}
     rooms = {name.split("::")[1] for name in ours}
     assert rooms <= {"cpu", "cuda", "shared"}, rooms
+
+
+def test_what_runs_a_kernel_on_the_host_is_not_shipped():
+    shipped, host = ROOT / "fastcl/_native.abi3.so", ROOT / "fastcl/_host.so"
+    if not host.is_file():
+        pytest.skip("the libraries of a checkout are not built")
+    assert [any("run_grid" in name for name, _ in defined(library)) for library in (host, shipped)] == [
+        True,
+        False,
+    ]

@@ -8,12 +8,13 @@ from torch.library import opcheck
 
 import fastcl
 from fastcl import testing
-from fastcl.backends import cuda, native
+from fastcl.backends import cuda
 from fastcl.losses.families.many_positives import ManyPositives
 from fastcl.losses.families.one_positive import BATCH, VIEWS, OnePositive
+from fastcl.testing import host
 
 pytestmark = pytest.mark.skipif(
-    native.missing_reason() is not None or testing.DEVICE.type != "cpu", reason="runs in the native extension"
+    not host.is_built() or testing.DEVICE.type != "cpu", reason="runs in the library of a checkout"
 )
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

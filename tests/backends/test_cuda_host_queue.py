@@ -7,10 +7,10 @@ from test_mochi import dense, draw
 
 import fastcl
 from fastcl import testing
-from fastcl.backends import native
+from fastcl.testing import host
 
 pytestmark = pytest.mark.skipif(
-    native.missing_reason() is not None or testing.DEVICE.type != "cpu", reason="runs in the native extension"
+    not host.is_built() or testing.DEVICE.type != "cpu", reason="runs in the library of a checkout"
 )
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

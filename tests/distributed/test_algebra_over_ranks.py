@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.distributed as dist
-from test_distributed import on_every_rank, own_rows
+from processes import on_every_rank
+from test_distributed import own_rows
 
 import fastcl
 from fastcl import PairRule, testing

@@ -8,7 +8,7 @@ import formulas
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from processes import on_every_rank
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
@@ -94,24 +94,6 @@ LOSSES = {
     "sup_con-one": _sup_con(views=1, contrast_mode="one"),
     "sup_con-simclr": _sup_con(labelled=False),
 }
-
-
-def on_every_rank(checks, world, folder):
-    """Call each of ``checks`` with the group of ``world`` new processes, in each of them."""
-    # of a server that has imported what takes seconds, and runs no threads
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch._dynamo", "fastcl.train"])
-    arguments = (world, f"{folder}/rendezvous", checks)
-    multiprocessing.start_processes(_on_rank, arguments, nprocs=world, start_method="forkserver")
-
-
-def _on_rank(rank, world, file, checks):
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
-    for check in checks:
-        check(dist.group.WORLD)
-    dist.destroy_process_group()
 
 
 def whole_batch(count, inputs, dtype):

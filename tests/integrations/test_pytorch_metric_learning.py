@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peer_checks import assert_fused, assert_not_fused, assert_same, assert_same_signature
-from test_distributed import on_every_rank
+from processes import on_every_rank
 
 pytest.importorskip("fastcl.integrations.pytorch_metric_learning")
 

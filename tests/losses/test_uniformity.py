@@ -1,11 +1,13 @@
 """Alignment and uniformity are the paper's formulas, on rows as they are."""
 
+from functools import partial
+
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from objective_checks import check, check_compiled, check_derivatives, check_finite, objective, rows
+from processes import on_every_rank
+from test_distributed import own_rows
 
 import fastcl
 from fastcl import testing
@@ -115,30 +117,19 @@ OVER_RANKS = {
 }
 
 
-def _on_rank(rank, store, results):
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=len(COUNTS))
+def _check_each_is_one_process(group):
+    own = own_rows(COUNTS, group.rank())
     for name, loss in OVER_RANKS.items():
-        for ring in (False, True) if name != "uniformity" else (False,):
-            own = [x.split(COUNTS)[rank].clone().requires_grad_() for x in rows((8, 4), (8, 4))]
-            value = loss(*own, group=dist.group.WORLD, **({"ring": True} if ring else {}))
-            value.backward()
-            results[name, ring, rank] = value.detach(), [x.grad for x in own]
-    dist.destroy_process_group()
+        (value,), grads = testing.value_and_grads(loss, rows((8, 4), (8, 4)))
+        for options in ({}, {"ring": True}) if name != "uniformity" else ({},):
+            call = partial(loss, group=group, **options)
+            (got,), got_grads = testing.value_and_grads(call, [x[own] for x in rows((8, 4), (8, 4))])
+            said = f"{name} {options} rank {group.rank()}"
+            torch.testing.assert_close(got, value, msg=said)
+            for a, b in zip(got_grads, grads, strict=True):
+                torch.testing.assert_close(a / group.size(), b[own], msg=said)
 
 
 @in_float64
 def test_on_ranks_each_is_one_process(tmp_path):
-    with multiprocessing.Manager() as manager:
-        results = manager.dict()
-        multiprocessing.spawn(_on_rank, (tmp_path / "store", results), nprocs=len(COUNTS))
-        results = dict(results)
-    for name, ring in {key[:2] for key in results}:
-        (value,), grads = testing.value_and_grads(OVER_RANKS[name], rows((8, 4), (8, 4)))
-        for rank in range(len(COUNTS)):
-            torch.testing.assert_close(results[name, ring, rank][0], value)
-        for i, grad in enumerate(grads):
-            parts = [results[name, ring, rank][1][i] for rank in range(len(COUNTS))]
-            parts = [
-                torch.zeros(n, 4).double() if p is None else p for p, n in zip(parts, COUNTS, strict=True)
-            ]
-            torch.testing.assert_close(torch.cat(parts) / len(COUNTS), grad, msg=f"{name} ring={ring}")
+    on_every_rank((_check_each_is_one_process,), len(COUNTS), tmp_path)

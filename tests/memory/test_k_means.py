@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
+from processes import on_every_rank
+from test_distributed import own_rows
 
 import fastcl
 from fastcl import testing
@@ -88,21 +88,18 @@ def test_refuses(arguments, options, error, message):
         fastcl.k_means(*arguments, **options)
 
 
-def _on_rank(rank, counts, store, results):
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=len(counts))
-    own = features().split(counts)[rank]
-    source = testing.generator(3 + rank)
-    results[rank] = fastcl.k_means(own, 40, steps=6, generator=source, group=dist.group.WORLD)
-    dist.destroy_process_group()
+COUNTS = {2: (30, 30), 3: (50, 0, 10)}
 
 
-@pytest.mark.parametrize("counts", [(30, 30), (50, 0, 10)])
-def test_on_ranks_it_is_one_process(counts, tmp_path):
-    with multiprocessing.Manager() as manager:
-        results = manager.dict()
-        multiprocessing.spawn(_on_rank, (counts, tmp_path / "store", results), nprocs=len(counts))
-        prototypes, assigned = zip(*(results[rank] for rank in range(len(counts))), strict=True)
+def _check_it_is_one_process(group):
+    own = own_rows(COUNTS[group.size()], group.rank())
+    source = testing.generator(3 + group.rank())
+    prototypes, assigned = fastcl.k_means(features()[own], 40, steps=6, generator=source, group=group)
     exact, exact_assigned = fastcl.k_means(features(), 40, steps=6, generator=testing.generator(3))
-    for own in prototypes:
-        torch.testing.assert_close(own, exact)
-    assert torch.equal(torch.cat(assigned), exact_assigned)
+    torch.testing.assert_close(prototypes, exact)
+    assert torch.equal(assigned, exact_assigned[own])
+
+
+@pytest.mark.parametrize("world", COUNTS)
+def test_on_ranks_it_is_one_process(world, tmp_path):
+    on_every_rank((_check_it_is_one_process,), world, tmp_path)

@@ -1,15 +1,13 @@
 """The queue: first in, first out, unit rows; a loss on it is the loss on the keys it holds."""
 
 import copy
-import tempfile
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import on_every_rank
 from torch import nn
 from torch.library import opcheck
 
@@ -223,21 +221,17 @@ def test_enqueue_is_an_op_and_compiles(backend):
     assert queue.pointer == twin.pointer == 4
 
 
-def _enqueue_on_rank(rank, file, results):
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def _check_keys_are_all_ranks_in_rank_order(group):
     queue = NegativeQueue(8, 2, with_ids=True)
-    ids = torch.tensor([10, 11, 12]) if rank == 0 else torch.tensor([20])
-    queue.enqueue(torch.stack([ids.cos(), ids.sin()], dim=1), ids, group=dist.group.WORLD)
-    results[rank] = queue.ids.tolist(), queue.keys[:4].tolist()
-    dist.destroy_process_group()
+    ids = torch.tensor([10, 11, 12]) if group.rank() == 0 else torch.tensor([20])
+    queue.enqueue(torch.stack([ids.cos(), ids.sin()], dim=1), ids, group=group)
+    assert queue.ids.tolist() == [10, 11, 12, 20, -1, -1, -1, -1]
+    angles = queue.ids[:4].float()
+    torch.testing.assert_close(queue.keys[:4], torch.stack([angles.cos(), angles.sin()], dim=1))
 
 
-def test_all_ranks_keys_in_rank_order():
-    with multiprocessing.Manager() as manager, tempfile.TemporaryDirectory() as folder:
-        results = manager.dict()
-        multiprocessing.spawn(_enqueue_on_rank, (f"{folder}/rendezvous", results), nprocs=2)
-        assert results[0] == results[1]
-        assert results[0][0] == [10, 11, 12, 20, -1, -1, -1, -1]
+def test_all_ranks_keys_in_rank_order(tmp_path):
+    on_every_rank((_check_keys_are_all_ranks_in_rank_order,), 2, tmp_path)
 
 
 def test_ids_may_be_strided(backend):

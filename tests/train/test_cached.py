@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 pytest.importorskip("fastcl.train")
 
 import torch.distributed as dist
-from test_distributed import on_every_rank
+from processes import on_every_rank
 
 import fastcl
 from fastcl.train import cached_step

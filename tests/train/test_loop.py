@@ -14,7 +14,7 @@ pytest.importorskip("fastcl.train")
 
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from test_distributed import on_every_rank
+from processes import on_every_rank
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastcl

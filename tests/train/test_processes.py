@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("fastcl.train")
 
+from processes import on_every_rank
 from test_clusters import clusters_are_the_same_on_every_rank
-from test_distributed import on_every_rank
 from test_memories import a_memory_is_the_same_on_every_rank
 from test_prototypical import dino_has_one_centre, swav_is_balanced_over_all_ranks
 from test_two_sides import losses_are_those_of_all_ranks_pairs

@@ -9,7 +9,6 @@ import math
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Command, free_port
 from test_data import make_tree
 
 from fastcl.cli import main
@@ -29,39 +29,38 @@ from fastcl.train.checkpoints import write_atomically
 
 FASTCL = Path(sys.executable).parent / "fastcl"
 OPTIONS = ("--data=digits", "--width=4", "--batch-size=256", "--limit=512")
-TWO = ("--devices=2", "--accelerator=cpu")
 SMALL = {"data": "digits", "width": 4, "batch_size": 256, "limit": 512}
 OWN = {
-    "moco-v3": {"hidden": 16, "arch": "vit_tiny", "temperature_end": 0.1, "batch_size": 64, "limit": 128},
+    "moco-v3": {
+        "hidden": 16,
+        "arch": "vit_tiny",
+        "temperature_end": 0.1,
+        "batch_size": 64,
+        "limit": 128,
+        "evaluate_every": 0,
+    },
     "dino": {"hidden": 16, "prototypes": 24, "target_temperature_end": 0.07},
     "pcl": {"clusters": "16,8", "cluster_from_epoch": 1, "temperature_end": 0.1},
     "cmc": {"noise": 8, "batch_size": 8, "arch": "resnet8", "warmup_epochs": 0},
 }
 
 
-def start(out: Path, method: str, *options: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [FASTCL, "train", method, *OPTIONS, f"--out={out}", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+def start(out: Path, method: str, *options: str, ranks: int = 1) -> Command:
+    devices = [f"--devices={ranks}", "--accelerator=cpu"] if ranks > 1 else []
+    arguments = ["train", method, *OPTIONS, f"--out={out}", *options, *devices]
+    return Command(out.with_name(f"{out.name} said"), *arguments, ranks=ranks)
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    """What a run that must succeed printed."""
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    return out
+def finish(run: Command) -> None:
+    status, errors = run.wait()
+    assert status == 0, errors
 
 
-def wait_for_epoch(process: subprocess.Popen[str], epoch: int) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
+def wait_for_epoch(run: Command, epoch: int) -> None:
+    for line in run.lines():
         if line.startswith(f"epoch {epoch}/"):
             return
-    raise AssertionError(f"ended before epoch {epoch}: {process.communicate()[1]}")
+    raise AssertionError(f"ended before epoch {epoch}: {run.wait()}")
 
 
 @contextlib.contextmanager
@@ -90,8 +89,8 @@ class TestResume:
             prepare("moco", out=whole, epochs=4, **SMALL).fit()
         wait_for_epoch(process, 2)
         time.sleep(0.1)
-        process.kill()
-        process.communicate()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
         with one_thread():
             prepare("moco", out=killed, epochs=4, resume=True, **SMALL).fit()
         assert metrics(killed) == metrics(whole)
@@ -234,8 +233,8 @@ class TestStopping:
         checkpoint = tmp_path / "simclr.ckpt"
         wait_for_epoch(process, 10)
         process.send_signal(signal.SIGINT)  # the tests of runs in this process send SIGTERM
-        _, err = process.communicate(timeout=240)
-        assert process.returncode == 1
+        status, err = process.wait()
+        assert status == 1
         assert f"stopped by SIGINT; {checkpoint} is whole" in err.splitlines()[-1]
         assert "Traceback" not in err
         assert torch.load(checkpoint, weights_only=True)["epoch"] >= 8
@@ -290,7 +289,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of two processes, from the weights of another run."""
     folder = tmp_path_factory.mktemp("two")
     prepare("simclr", out=folder / "initial", epochs=1, **SMALL).fit()
-    finish(start(folder, "simclr", "--epochs=2", f"--init={folder / 'initial' / 'simclr.ckpt'}", *TWO))
+    finish(start(folder, "simclr", "--epochs=2", f"--init={folder / 'initial' / 'simclr.ckpt'}", ranks=2))
     return folder
 
 
@@ -307,25 +306,26 @@ class TestTwoProcesses:
             assert several == one or abs(float(several) - float(one)) < 0.01
 
     def test_moco_shuffles_and_fills_one_queue(self, tmp_path: Path) -> None:
-        finish(start(tmp_path, "moco", "--epochs=1", "--devices=2", "--accelerator=cpu"))
+        finish(start(tmp_path, "moco", "--epochs=1", ranks=2))
         state = torch.load(tmp_path / "moco.ckpt", weights_only=True)["state_dict"]
         assert state["queue.pointer"] == 512, "two batches of 256 from both ranks"
 
     def test_a_diverging_run_says_so_once(self, tmp_path: Path) -> None:
-        process = start(tmp_path, "simclr", "--epochs=2", "--optimizer=sgd", "--lr=1e30", *TWO)
-        _, err = process.communicate(timeout=240)
-        assert process.returncode == 1
-        assert sum("a loss that is no finite number" in line for line in err.splitlines()) == 1
-        assert "Traceback" not in err
+        """As the command itself starts them."""
+        diverging = ("--epochs=2", "--optimizer=sgd", "--lr=1e30", "--devices=2", "--accelerator=cpu")
+        command = [FASTCL, "train", "simclr", *OPTIONS, *diverging, f"--out={tmp_path}"]
+        run = subprocess.run(
+            command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        assert run.returncode == 1
+        assert sum("a loss that is no finite number" in line for line in run.stderr.splitlines()) == 1
+        assert "Traceback" not in run.stderr
 
     def test_two_nodes_of_one_process_each(self, two: Path, tmp_path: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         command = [FASTCL, "train", "simclr", *OPTIONS, "--epochs=2", "--num-nodes=2", "--accelerator=cpu"]
         command.append(f"--init={two / 'initial' / 'simclr.ckpt'}")
         torchrun = [FASTCL.with_name("torchrun"), "--nnodes=2", "--nproc-per-node=1"]
-        torchrun += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+        torchrun += ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
         nodes = [
             subprocess.Popen(
                 [*torchrun, f"--node-rank={rank}", *command, f"--out={tmp_path}"],
@@ -342,7 +342,7 @@ class TestTwoProcesses:
 
 
 class TestChunks:
-    VIT = ("--arch=vit_tiny", "--optimizer=sgd", "--lr=0.5", "--epochs=2")
+    VIT = ("--arch=vit_tiny", "--optimizer=sgd", "--lr=0.5", "--epochs=2", "--evaluate-every=0")
 
     @pytest.mark.parametrize("processes", [1, 2])
     def test_a_network_that_treats_rows_apart_is_trained_as_without_chunks(
@@ -354,7 +354,7 @@ class TestChunks:
             for out, own in each:
                 main(["train", "supcon", *OPTIONS, *self.VIT, *own, f"--out={out}"])
         else:
-            for run in [start(out, "supcon", *self.VIT, *TWO, *own) for out, own in each]:
+            for run in [start(out, "supcon", *self.VIT, *own, ranks=2) for out, own in each]:
                 finish(run)
         initial = prepare("supcon", out=tmp_path / "initial", arch="vit_tiny", **SMALL).method.state_dict()
         weights = [

@@ -25,6 +25,11 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton")
 
 
+def pytest_collection_modifyitems(items):
+    """The longest tests are the trainers': first, so that no worker waits for another's at the end."""
+    items.sort(key=lambda item: item.path.parent.name != "train")
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -11,6 +11,9 @@ from fastcl import testing
 from fastcl.testing import assert_within_budget, value_and_grads
 
 pytestmark = pytest.mark.skipif(testing.INTERPRETED, reason="too large for Triton's interpreter")
+streaming = pytest.mark.parametrize(
+    "backend", [name for name in testing.backends() if name != "reference"], indirect=True
+)
 
 
 def check(product, dense, inputs, **budget):
@@ -23,6 +26,7 @@ def check(product, dense, inputs, **budget):
         assert_within_budget(*grads, name="gradient")
 
 
+@streaming
 def test_a_long_sum_of_positives(backend):
     count, temperature = 8192, 0.07
     features, labels = torch.randn(1, 128).repeat(count, 1), torch.zeros(count, dtype=torch.int64)
@@ -33,9 +37,7 @@ def test_a_long_sum_of_positives(backend):
 
 
 @pytest.mark.parametrize("logit", [1e4, 1e5, 1e7])
-@pytest.mark.parametrize(
-    "backend", [name for name in testing.backends() if name != "reference"], indirect=True
-)
+@streaming
 def test_a_logit_is_rounded_alike_in_both_passes(logit, backend):
     rows = F.normalize(torch.randn(300, 64), dim=1) * logit**0.5
     rule = fastcl.PairRule(exclude=(ids := torch.arange(300), ids))

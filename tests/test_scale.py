@@ -45,7 +45,7 @@ with fastcl.use_backend(backend):
 """
 
 
-CALLS = [("cpu", 16384, call) for call in ("nt_xent", "sup_con", "clip_loss", "siglip_loss", "top-k")]
+CALLS = [("cpu", 8192, call) for call in ("nt_xent", "sup_con", "clip_loss", "siglip_loss", "top-k")]
 CALLS += [("chunked", 4096, call) for call in ("sup_con", "clip_loss", "siglip_loss")]
 
 
@@ -136,14 +136,20 @@ def test_calls_from_several_threads_do_not_disturb_each_other(threads):
 
 def test_nt_xent_row_for_row_at_4096():
     z1, z2 = (torch.randn(4096, 128, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    with torch.no_grad():
-        with fastcl.use_backend("reference"):
-            exact = fastcl.nt_xent(z1.double(), z2.double(), 0.1, reduction="none")
-            baseline = fastcl.nt_xent(z1, z2, 0.1, reduction="none")
-        with fastcl.use_backend("cpu"):
-            got = fastcl.nt_xent(z1, z2, 0.1, reduction="none")
+    some = torch.arange(0, 8192, 61)
+
+    def dense(dtype):
+        rows = F.normalize(torch.cat([z1, z2]).to(dtype), dim=1)
+        logits = rows[some] @ rows.T / 0.1
+        others = logits.scatter(1, some[:, None], -torch.inf)
+        return others.logsumexp(1) - logits.gather(1, ((some + 4096) % 8192)[:, None])[:, 0]
+
+    with torch.no_grad(), fastcl.use_backend("cpu"):
+        got = fastcl.nt_xent(z1, z2, 0.1, reduction="none")
     assert got.shape == (8192,)
-    testing.assert_within_budget(got, exact, baseline, unit=10.0, name="nt_xent rows")
+    testing.assert_within_budget(
+        got[some], dense(torch.float64), dense(torch.float32), unit=10.0, name="nt_xent rows"
+    )
 
 
 @pytest.mark.skipif(native.missing_reason() is not None, reason="needs the native extension")

@@ -38,7 +38,7 @@ def test_losses(name, grid):
         check(LOSSES[name], case, row["dtype"], temperature, **options)
 
 
-@every_loss
+@pytest.mark.parametrize("name", ["nt_xent", "info_nce", "info_nce-negatives", "sup_con", "sup_con-one"])
 def test_any_division_into_squares(name, grid):
     """One square of several tiles, a few, or many of one tile; the last ones ragged; blocks without one."""
     for row in pairwise(dtype=DTYPES, blocks=(1, 3, 16, 40), kind=("random", "collapsed")):

@@ -98,8 +98,10 @@ def test_stats_ops(options, name):
     if arguments.symmetric:
         plain[1] = plain[0]
     present = [x is not None for x in arguments[:5]]
-    for needs in (present, [True, False, False, False, False], [False, True, False, False, False]):
-        opcheck(OPS.stats_backward.default, (*plain, *states, needs, name))
+    opcheck(OPS.stats_backward.default, (*plain, *states, present, name))
+    for one in range(2):
+        needs = [i == one for i in range(5)]
+        opcheck(OPS.stats_backward.default, (*plain, *states, needs, name), test_utils="test_faketensor")
 
 
 class Recorder(TorchFunctionMode):
@@ -126,9 +128,8 @@ def test_whole_loss_op(loss_name, dtype):
             inputs = [x.to(dtype, copy=True) for x in loss.inputs(case)]
             for x in inputs[: len(inputs) - frozen]:
                 x.requires_grad_()
-            for reduction in ("mean", "sum"):
-                loss.product(*inputs, factor, reduction=reduction)
-    assert len(recorder.calls) == 6
+            loss.product(*inputs, factor, reduction=("mean", "sum")[frozen % 2])
+    assert len(recorder.calls) == 3
     for op, arguments in recorder.calls:
         opcheck(op, arguments)
 
@@ -145,8 +146,9 @@ def test_topk_op(name, excluded):
 @pytest.mark.parametrize(
     "loss", [loss for name, loss in LOSSES.items() if not name.endswith(("-unnormalized", "-2d", "-simclr"))]
 )
-@streaming
+@pytest.mark.parametrize("name", [name for name in STREAMING if name != "cpu"])
 def test_compiles_as_one_graph(loss, name):
+    """On the CPU: test_compile.py."""
     inputs = [x.float() for x in loss.inputs(testing.make_case("random", (6, 7, 5)))]
     torch._dynamo.reset()
     with fastcl.use_backend(name):

@@ -41,10 +41,11 @@ def test_sinkhorn(shape, dtype, backend):
 def test_sinkhorn_as_an_op(backend):
     query, key = torch.randn(6, 5), torch.randn(7, 5)
     exact = fastcl.sinkhorn(query, key)
-    torch._dynamo.reset()
-    compiled = torch.compile(fastcl.sinkhorn, fullgraph=True, backend="aot_eager", dynamic=True)
-    torch.testing.assert_close(compiled(query, key), exact)
-    torch.testing.assert_close(compiled(query[:5], key), fastcl.sinkhorn(query[:5], key))
+    if backend != "reference":  # plain torch: what torch does
+        torch._dynamo.reset()
+        compiled = torch.compile(fastcl.sinkhorn, fullgraph=True, backend="aot_eager", dynamic=True)
+        torch.testing.assert_close(compiled(query, key), exact)
+        torch.testing.assert_close(compiled(query[:5], key), fastcl.sinkhorn(query[:5], key))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(fastcl.sinkhorn(query, key), exact, rtol=0, atol=0)
     torch.testing.assert_close(vmap(lambda x: fastcl.sinkhorn(x, key))(query[None])[0], exact)

@@ -138,6 +138,21 @@ def test_every_trainer_is_on_the_map():
     assert tables.trainer_of(simclr) == "simclr"
 
 
+def anchors_of(page):
+    """Of a page's headings, as GitHub and the site make them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_into_the_tree_lead_somewhere(name):
+    """Those of the site's own pages are checked where it is built."""
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", (ROOT / name).read_text()):
+        path, _, anchor = link.partition("#")
+        assert (ROOT / path).exists(), link
+        assert not anchor or anchor in anchors_of(ROOT / (path or name)), link
+
+
 def test_tables_are_whole():
     for table in (
         tables.literature("literature.md"),

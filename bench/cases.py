@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -354,21 +354,4 @@ _GRID = (
     Case("batch_hard_triplet_loss", 4096, 128, classes=100),
 )
 
-# the sides of these live on a GPU; a machine without one skips them
-_GPU_SIDES = (PLAIN, COMPILE, FASTCL)
-_GPU_GRID = tuple(
-    replace(case, dtype=_BFLOAT16, device="cuda")
-    for case in (
-        Case("nt_xent", 256, 128, sides=_GPU_SIDES),
-        Case("nt_xent", 1024, 128, sides=_GPU_SIDES),
-        Case("nt_xent", 8192, 128, sides=_GPU_SIDES),
-        Case("nt_xent", 1 << 20, 128, sides=(FASTCL,)),
-        Case("clip_loss", 32_768, 512, sides=(PLAIN, FASTCL)),
-        Case("info_nce", 16_384, 1024, sides=_GPU_SIDES),
-        Case("moco", 256, 128, keys=65_536, sides=_GPU_SIDES),
-        Case("mochi", 256, 128, keys=65_536, sides=(PLAIN, FASTCL)),
-        Case("sup_con", 4096, 128, classes=1000, sides=_GPU_SIDES),
-    )
-)
-
-CASES = {case.name: case for case in (*_GRID, *_GPU_GRID)}
+CASES = {case.name: case for case in _GRID}

@@ -15,8 +15,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from bench.cases import CASES, COMPILE, SIDES, Case, step
 
 _WARM_UP_ROWS, _WARM_UP_KEYS = 32, 64
@@ -38,7 +36,7 @@ def measure(case: Case, side: str) -> int:
         run()
     else:
         step(replace(case, rows=_WARM_UP_ROWS, keys=case.keys and _WARM_UP_KEYS), side)()
-    return _gpu_growth(run) if case.device != "cpu" else process_growth(run)
+    return process_growth(run)
 
 
 def process_growth(run: Callable[[], object]) -> int:
@@ -50,13 +48,6 @@ def process_growth(run: Callable[[], object]) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     run()
     return max(0, _status("VmHWM") - before)
-
-
-def _gpu_growth(run: Callable[[], object]) -> int:
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def _status(key: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,16 +12,16 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("pytorch_metric_learning")
 
-from bench import picture, report
+from bench import gpu, picture, report
 from bench.agreement import assert_agreement
-from bench.cases import CASES, FASTCL, LOSSES, PLAIN, PYPI, Case, step
+from bench.cases import CASES, COMPILE, FASTCL, LOSSES, PLAIN, PYPI, Case, step
 from bench.grid import CELLS, failed
 from bench.memory import peak_bytes
 from bench.timing import Paired, paired
 
 _SMALL = [
     replace(case, rows=24, dim=16, keys=case.keys and 40, classes=case.classes and 5)
-    for case in {case.loss: case for case in CASES.values() if case.device == "cpu"}.values()
+    for case in {case.loss: case for case in CASES.values()}.values()
 ]
 
 
@@ -150,3 +150,34 @@ def test_report_says_what_is_noisy() -> None:
 def test_no_picture_of_a_single_size(tmp_path: Path) -> None:
     assert not picture.draw([_entry(1024, FASTCL)], "A CPU", tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize("case", gpu.CASES, ids=lambda case: case.name)
+def test_a_first_measurement_on_a_gpu_is_rehearsed_without_one(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "_SECONDS", 0.0)
+    small = replace(case, rows=8, keys=case.keys and 2048)
+    makers = {name: make for name, make in gpu.sides_of(small).items() if name != COMPILE}
+    sides = {name: gpu.row(small, name, make, {"float32": 1.0}) for name, make in makers.items()}
+    own = sides.pop(FASTCL)
+    assert own.failed is None
+    assert own.ms is not None
+    assert own.gradient_error is None or own.gradient_error < 1e-5
+    for rival in set(sides) - {PLAIN}:
+        failed = sides[rival].failed
+        assert failed is None or "No module named" in failed
+
+
+def test_what_a_row_of_the_gpu_lacks_is_said() -> None:
+    def broken(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("out of\nmemory")
+
+    row = gpu.row(gpu.CASES[0], PLAIN, lambda: broken, {"float32": 1.0})
+    assert row.failed == "RuntimeError: out of memory"
+    found = {
+        "machine": {"gpu": "a GPU"},
+        "matrix_teraflops": {"bfloat16": 700.0},
+        "rows": [asdict(row)],
+    }
+    assert "| RuntimeError: out of memory |" in gpu.markdown(found)

@@ -91,15 +91,28 @@ def test_statistics_of_pair_sets(name, columns, backend):
         same(x, y)
 
 
-@pytest.mark.parametrize("name", ["positive", "exclude", "within"])
-def test_equal_rows_with_different_ids_are_not_symmetric(name, backend):
-    x, ids = rows(N, 4), (ROW % 3, ROW % 4)
-    nothing = torch.zeros(N, N, dtype=torch.bool)
-    told = {"positive": ids[0][:, None] == ids[1], "exclude": ids[0][:, None] == ids[1]}
-    told["within"] = ~told["exclude"]
-    excluded, positive = (nothing, told[name]) if name == "positive" else (told[name], nothing)
-    got = fields(fastcl.similarity_stats(x, x, scale=2.0, rule=PairRule(**{name: ids})))
+ASYMMETRIC = {  # of the same rows on both sides: a rule, and which pairs it excludes and takes for positives
+    "positive": (PairRule(positive=(ROW % 3, ROW % 4)), A[:, :N] & False, ROW[:, None] % 3 == ROW % 4),
+    "exclude": (PairRule(exclude=(ROW % 3, ROW % 4)), ROW[:, None] % 3 == ROW % 4, A[:, :N] & False),
+    "within": (PairRule(within=(ROW % 3, ROW % 4)), ROW[:, None] % 3 != ROW % 4, A[:, :N] & False),
+    "exclude_keys": (
+        PairRule(exclude_keys=NAMED % N),
+        ((NAMED % N)[:, :, None] == ROW).any(1),
+        A[:, :N] & False,
+    ),
+    "mask": (PairRule(positive=A[:, :N]), A[:, :N] & False, A[:, :N]),
+}
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("name", ASYMMETRIC)
+def test_equal_rows_under_a_rule_of_one_side_are_not_symmetric(name, columns, backend):
+    rule, excluded, positive = ASYMMETRIC[name]
+    x = rows(N, 4)
+    stats = fastcl.similarity_stats(x, x, scale=2.0, rule=rule, columns=columns)
+    got = fields(stats) + (fields(stats.columns) if columns else [])
     exact = dense(x, x, excluded, positive)
+    exact += dense(x, x, excluded, positive, True) if columns else []
     for a, b in zip((*got, *grads(got, [x])), (*exact, *grads(exact, [x])), strict=True):
         same(a, b)
 

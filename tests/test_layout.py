@@ -104,7 +104,7 @@ def _lines(function):
 
 
 def test_the_order_of_the_statistics_is_said_once():
-    """Where layouts are made and read, no number stands for one."""
+    """Where layouts are made and read, no size or subscript is a number that stands for one."""
     public = [field.name for field in fields(fastcl.SimilarityStats) if field.name != "columns"]
     assert public == list(Statistics._fields)
     readers = [*ROOT.glob("ops/*.py"), *ROOT.glob("distributed/*.py"), *KERNELS.glob("[ls]*.py")]
@@ -115,11 +115,14 @@ def test_the_order_of_the_statistics_is_said_once():
     layouts = {STATE, STATISTICS, RUNNING, STATE + STATISTICS}
     for path in readers:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Constant) and type(node.value) is int:
-                assert node.value not in layouts, f"{path}:{node.lineno}"
+            places = {ast.Subscript: lambda x: [x.slice], ast.Call: lambda x: x.args}.get(type(node))
+            for number in (x for place in (places(node) if places else ()) for x in ast.walk(place)):
+                if isinstance(number, ast.Constant) and type(number.value) is int:
+                    assert number.value not in layouts, f"{path}:{number.lineno}"
     for name in ("module.cpp", "tensors.h", "cpu/losses/similarity.cpp", "cpu/losses/similarity.h"):
         code = re.sub(r"//.*", "", (TREE / "csrc" / name).read_text())
-        assert not {int(x) for x in re.findall(r"(?<![\w.])\d+(?![\w.])", code)} & layouts, name
+        sizes = re.findall(r"[\[{(] *(\d+) *[\]},]|(?<![\w.])(\d+) \* \w", code)
+        assert not {int(x) for found in sizes for x in found if x} & layouts, name
 
 
 def _native_lines(pattern):

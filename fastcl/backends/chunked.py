@@ -23,6 +23,7 @@ from fastcl.similarity.fields import (
     STATISTICS,
     TOTALS,
     Statistics,
+    empty_state,
     merge_positive_sums,
     no_positive_sums,
 )
@@ -226,13 +227,6 @@ class _Softmaxes:
         for index in range(self.count):
             total += _weights(self.logits2(index, chunk), kept, states[index, :, chunk])
         return total / self.count
-
-
-def empty_state(like: Tensor, count: int) -> Tensor:
-    """The state (STATE, count) of rows that have seen no key."""
-    state = like.new_zeros(STATE, count)
-    state[MAXIMA] = -torch.inf
-    return state
 
 
 def merge_states(a: Tensor, b: Tensor) -> Tensor:

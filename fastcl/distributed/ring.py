@@ -12,7 +12,7 @@ from torch import Tensor
 from fastcl.backends import reference
 from fastcl.backends.base import Request
 from fastcl.backends.choice import choose
-from fastcl.backends.chunked import empty_state, merge_states, statistics
+from fastcl.backends.chunked import merge_states, statistics
 from fastcl.distributed.gather import refuse_second_order
 from fastcl.similarity.fields import (
     POSITIVE_SUMS,
@@ -23,7 +23,7 @@ from fastcl.similarity.fields import (
     STATISTICS,
     Measured,
     merge_positive_sums,
-    no_positive_sums,
+    nothing_seen,
     unpack,
 )
 from fastcl.similarity.problem import PROBLEM_INPUTS, PROBLEM_TENSORS, Needs, Problem
@@ -115,7 +115,7 @@ class _RingStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ring: Ring, backend: str, *fields: Any) -> tuple[Tensor, Tensor]:
         problem = Problem(*fields)
-        rows = _nothing(problem.query)
+        rows = nothing_seen(problem.query, problem.query.shape[0])
 
         def visit(shard: Shard, columns: Tensor | None) -> Tensor | None:
             nonlocal rows
@@ -125,7 +125,7 @@ class _RingStats(torch.autograd.Function):
             rows = _merge(rows, block, row_state)
             return None if columns is None else _merge(columns.T, block_columns, column_state).T
 
-        carried = _nothing(problem.key).T if problem.columns else None
+        carried = nothing_seen(problem.key, problem.key.shape[0]).T if problem.columns else None
         carried = ring.travel(Shard.of(problem), carried, visit)
         columns = rows.new_empty(RUNNING, 0) if carried is None else carried.T
         states = rows[RUNNING_STATE], columns[RUNNING_STATE]
@@ -159,11 +159,6 @@ class _RingStats(torch.autograd.Function):
         grad_key = torch.zeros_like(problem.key) if needs.key else None
         grad_key = ctx.ring.travel(Shard.of(problem, columns), grad_key, visit)
         return (None, None, grad_query, grad_key, grad_scale, *(None for _ in problem[3:]))
-
-
-def _nothing(rows: Tensor) -> Tensor:
-    """State and positive sums (RUNNING, N) before any key was seen."""
-    return torch.cat([empty_state(rows, rows.shape[0]), no_positive_sums(rows, rows.shape[0])])
 
 
 def _merge(merged: Tensor, block: Tensor, state: Tensor) -> Tensor:

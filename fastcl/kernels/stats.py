@@ -29,6 +29,7 @@ from fastcl.similarity.fields import (
     STATE,
     STATISTICS,
     TOTALS,
+    nothing_seen,
 )
 from fastcl.similarity.numerics import LOG2E
 from fastcl.similarity.problem import Needs, PairGradients, Prepared, Problem, input_gradients, wanted_pairs
@@ -221,8 +222,7 @@ def wide_statistics(
     """Statistics and states of rows and of columns, where the library multiplies the rows."""
     rows, row_state = scale.new_empty(STATISTICS, query.count), scale.new_empty(STATE, query.count)
     fields = RUNNING if query.positive is not None else NEGATIVE_STATE
-    running = scale.new_zeros(1, fields, key.count if columns else 0)
-    running[:, MAXIMA] = -torch.inf
+    running = nothing_seen(scale, key.count if columns else 0)[None, :fields]
     for chunk in chunks(query, key):
         partials, _ = launch.row_statistics(chunk.query, key, scale, chunk.by_query)
         rows[:, chunk.rows], row_state[:, chunk.rows] = launch.merge(partials)

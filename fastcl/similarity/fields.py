@@ -29,6 +29,13 @@ class RowState(NamedTuple):
     pos_total: Tensor
 
 
+class PositiveSums(NamedTuple):
+    """What adds up over positives, all (N,): these fields of the statistics, in this order."""
+
+    pos_sum: Tensor
+    pos_count: Tensor
+
+
 class Measured(NamedTuple):
     """The statistics of the rows and, where asked for, of the columns."""
 
@@ -42,7 +49,8 @@ STATE = len(RowState._fields)
 # of packed statistics
 LSE_NEG, LSE_POS, POS_SUM, POS_COUNT, MAX_NEG = range(STATISTICS)
 LSES = slice(LSE_NEG, LSE_POS + 1)  # in the order of MAXIMA
-POSITIVE_SUMS = slice(POS_SUM, POS_COUNT + 1)  # what adds up over keys
+POSITIVE_SUMS = slice(POS_SUM, POS_SUM + len(PositiveSums._fields))
+WITHOUT_GRADIENT = ("pos_count", "max_neg")
 
 # of a packed state
 NEG_MAX, NEG_TOTAL, POS_MAX, POS_TOTAL = range(STATE)
@@ -51,13 +59,26 @@ NEGATIVE_STATE = POS_MAX  # how much of it is known where there are no positives
 OF_NEGATIVES, OF_POSITIVES = slice(0, NEGATIVE_STATE), slice(NEGATIVE_STATE, STATE)  # maximum and total
 
 # what is kept of rows while their keys come in turn: the state, then the POSITIVE_SUMS
-RUNNING_STATE, RUNNING_SUMS = slice(0, STATE), slice(STATE, STATE + 2)
-RUNNING = STATE + 2
+RUNNING = STATE + len(PositiveSums._fields)
+RUNNING_STATE, RUNNING_SUMS = slice(0, STATE), slice(STATE, RUNNING)
+RUNNING_SUM, RUNNING_COUNT = range(STATE, RUNNING)
+
+
+def empty_state(like: Tensor, count: int) -> Tensor:
+    """The state (STATE, count) of rows that have seen no key."""
+    state = like.new_zeros(STATE, count)
+    state[MAXIMA] = -torch.inf
+    return state
 
 
 def no_positive_sums(like: Tensor, count: int) -> Tensor:
     """The POSITIVE_SUMS of rows that have seen no key."""
     return like.new_zeros(RUNNING - STATE, count)
+
+
+def nothing_seen(like: Tensor, count: int) -> Tensor:
+    """State and positive sums (RUNNING, count) of rows that have seen no key."""
+    return torch.cat([empty_state(like, count), no_positive_sums(like, count)])
 
 
 def merge_positive_sums(a: Tensor, b: Tensor) -> Tensor:
@@ -77,6 +98,6 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
 
 
 def unpack(packed: Tensor) -> Statistics:
-    """The fields of (STATISTICS, N); the two that carry no gradient are cut off from it."""
-    lse_neg, lse_pos, pos_sum, pos_count, max_neg = packed.unbind(0)
-    return Statistics(lse_neg, lse_pos, pos_sum, pos_count.detach(), max_neg.detach())
+    """The fields of (STATISTICS, N); those that carry no gradient are cut off from it."""
+    found = Statistics(*packed.unbind(0))
+    return found._replace(**{name: getattr(found, name).detach() for name in WITHOUT_GRADIENT})

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from fastcl.backends import native, triton
+from fastcl.backends.base import Request
+from fastcl.backends.registry import BACKENDS
+from fastcl.similarity.fields import Statistics
 from fastcl.similarity.rules import PairRule
+from fastcl.similarity.stats import SimilarityStats
 
 # FASTCL_TEST_DEVICE=cuda tests the GPU's backends, TRITON_INTERPRET=1 Triton's kernels on the CPU
 DEVICE = torch.device(os.environ.get("FASTCL_TEST_DEVICE", "cpu"))
@@ -40,15 +44,22 @@ def backends() -> tuple[str, ...]:
     """The backends under test."""
     if INTERPRETED:
         return ("triton",)
+    everywhere = ("reference", "chunked")
     if DEVICE.type == "cuda":
-        return ("reference", "chunked", "triton")
-    built = native.missing_reason() is None
-    return ("reference", "chunked", "cpu") if built else ("reference", "chunked")
+        return (*everywhere, "triton")
+    return (*everywhere, "cpu") if native.missing_reason() is None else everywhere
 
 
 def takes_masks(backend: str) -> bool:
     """Whether a backend serves rules that are more than one test of ids each."""
-    return backend != "triton"
+    request = Request(DEVICE, torch.float32, simple_rule=False)
+    return not BACKENDS[backend].unsupported_reasons(request)
+
+
+def every_statistic(stats: SimilarityStats) -> list[Tensor]:
+    """The fields of the rows and then, if there are any, those of the columns."""
+    sides = [side for side in (stats, stats.columns) if side is not None]
+    return [getattr(side, name) for side in sides for name in Statistics._fields]
 
 
 class Case(NamedTuple):

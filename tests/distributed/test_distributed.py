@@ -272,17 +272,14 @@ def _check_statistics(group):
     sides = (labels, labels.flip(0)), (ids, (ids + 1) % len(query))
     own = own_rows(counts, group.rank())
 
-    def flat(stats):
-        return [x for side in (stats, stats.columns) for x in (side.lse_neg, side.lse_pos, side.pos_sum)]
-
-    whole = flat(
+    whole = testing.every_statistic(
         fastcl.similarity_stats(query, key, rule=PairRule(positive=sides[0], exclude=sides[1]), columns=True)
     )
     positive, exclude = (tuple(x[own] for x in side) for side in sides)
     rule = PairRule(positive=positive, exclude=exclude)
     for ring in (False, True):
         got = fastcl.similarity_stats(query[own], key[own], rule=rule, columns=True, group=group, ring=ring)
-        for a, b in zip(flat(got), whole, strict=True):
+        for a, b in zip(testing.every_statistic(got), whole, strict=True):
             torch.testing.assert_close(a, b[own])
 
 

@@ -1,6 +1,9 @@
 """Objectives over more than one process are those of one process that holds every rank's rows."""
 
+import inspect
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,3 +85,16 @@ def test_every_objective_is_that_of_one_process(world, tmp_path):
 def test_what_is_no_group_is_refused(name):
     with pytest.raises(TypeError, match="group must be a ProcessGroup"):
         called(name, slice(None), *inputs(), group="all")
+
+
+def test_every_function_of_all_ranks_rows_is_compared_with_one_process():
+    of_ranks = {
+        name
+        for name in fastcl.__all__
+        if inspect.isfunction(function := getattr(fastcl, name))
+        and "group" in inspect.signature(function).parameters
+    }
+    texts = [path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py")]
+    on_ranks = " ".join(text for text in texts if "on_every_rank(" in text)
+    missing = {name for name in of_ranks if not re.search(rf"fastcl\.{name}\b", on_ranks)}
+    assert not missing

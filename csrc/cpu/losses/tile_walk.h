@@ -27,9 +27,10 @@ class TileWalk {
     tile_.stride = block;
     if (has_positives(problem)) positives_ = scratch.take<T>(kPositiveSlot, block * block);
     products_ = make_products(problem, block, block, scratch);
-    T* const sums = scratch.take<T>(kSumSlot, 3 * block);
-    std::fill_n(sums, 3 * block, T(0));
-    unused_ = {{sums, sums + block}, sums + 2 * block};
+    constexpr int kArrays = PositiveSums<T>::kArrays;
+    T* const sums = scratch.take<T>(kSumSlot, kArrays * block);
+    std::fill_n(sums, kArrays * block, T(0));
+    unused_ = PositiveSums<T>::over(sums, block);
   }
 
   // body(tile, positive, query_begin, key_begin) for each tile, without memory of `positive` where it holds

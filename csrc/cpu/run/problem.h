@@ -114,10 +114,8 @@ struct State {
     kPosMax,
     kPosSum,
     kPosRest,
-    kPosTotal,
-    kPosTotalRest,
-    kPosCount,
-    kFields
+    kPositiveSums,
+    kFields = kPositiveSums + PositiveSums<T>::kArrays
   };
   T* field(int f) const { return memory.get() + f * stride; }
   LogSum<T> negative(int64_t i) const {
@@ -127,7 +125,7 @@ struct State {
     return {field(kPosMax) + i, {field(kPosSum) + i, field(kPosRest) + i}};
   }
   PositiveSums<T> positive_sums(int64_t i) const {
-    return {{field(kPosTotal) + i, field(kPosTotalRest) + i}, field(kPosCount) + i};
+    return PositiveSums<T>::over(field(kPositiveSums) + i, stride);
   }
 };
 

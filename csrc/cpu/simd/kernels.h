@@ -54,8 +54,14 @@ struct LogSum {
 // Sum and number of the positives, per lane or per row.
 template <class T>
 struct PositiveSums {
+  static constexpr int kArrays = 3;
   Sum<T> sum;
   T* count;
+
+  // One array after the other, each of `stride` entries.
+  static FASTCL_ALWAYS_INLINE PositiveSums over(T* memory, int64_t stride) {
+    return {{memory, memory + stride}, memory + 2 * stride};
+  }
 };
 
 // Weight exp2(logit - max) * factor, per lane or per row.

@@ -46,8 +46,8 @@ POS_TOTAL = tl.constexpr(fields.POS_TOTAL)
 NEGATIVE_STATE = tl.constexpr(fields.NEGATIVE_STATE)
 
 # of partial statistics: the state, then the positives' sum and count
-PARTIAL_SUM = tl.constexpr(fields.RUNNING_SUMS.start)
-PARTIAL_COUNT = tl.constexpr(fields.RUNNING_SUMS.start + 1)
+PARTIAL_SUM = tl.constexpr(fields.RUNNING_SUM)
+PARTIAL_COUNT = tl.constexpr(fields.RUNNING_COUNT)
 RUNNING = tl.constexpr(fields.RUNNING)
 
 OF_POSITIVES = tl.constexpr(1)  # of sums over negatives, then positives

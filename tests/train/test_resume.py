@@ -229,12 +229,20 @@ class TestStopping:
         assert len(losses(tmp_path)) == 2
 
     def test_a_signal_stops_with_one_line(self, tmp_path: Path) -> None:
-        process = start(tmp_path, "simclr", "--epochs=100")
+        """Of the command itself, whose terminal sends it."""
+        process = subprocess.Popen(
+            [FASTCL, "train", "simclr", *OPTIONS, "--epochs=100", f"--out={tmp_path}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         checkpoint = tmp_path / "simclr.ckpt"
-        wait_for_epoch(process, 10)
+        assert process.stdout is not None
+        assert any(line.startswith("epoch 10/") for line in process.stdout)
         process.send_signal(signal.SIGINT)  # the tests of runs in this process send SIGTERM
-        status, err = process.wait()
-        assert status == 1
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 1, err
         assert f"stopped by SIGINT; {checkpoint} is whole" in err.splitlines()[-1]
         assert "Traceback" not in err
         assert torch.load(checkpoint, weights_only=True)["epoch"] >= 8

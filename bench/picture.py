@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from bench.cases import FASTCL
 
-_LOSS, _DIM, _DTYPE, _DEVICE = "nt_xent", 128, "float32", "cpu"
+_LOSS, _DIM, _DTYPE = "nt_xent", 128, "float32"
 _OURS, _THEIRS, _INK, _GRID = "#0b6e4f", "#b5532a", "#333333", "#e4e4e4"
 _MEMORY_FLOOR = 1 << 20  # bytes; below it a measurement is mostly the measurement
 
@@ -21,8 +21,8 @@ Points = list[tuple[int, float]]
 
 def series(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The entries of fastcl that differ in batch size only, in its order."""
-    wanted = (FASTCL, _LOSS, _DIM, _DTYPE, _DEVICE)
-    fixed = ("side", "loss", "dim", "dtype", "device")
+    wanted = (FASTCL, _LOSS, _DIM, _DTYPE)
+    fixed = ("side", "loss", "dim", "dtype")
     return sorted((e for e in entries if tuple(e[k] for k in fixed) == wanted), key=lambda e: int(e["rows"]))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -12,14 +11,14 @@ from torch import Tensor
 
 from bench.packages import LossFunction
 
-CLIP_TEMPERATURE = 0.07  # memeff's is a number
+_CLIP_TEMPERATURE = 0.07  # memeff's is a number
 
 
 @cache
 def _memeff() -> Any:
     from memeff import MemoryEfficientCLIPLoss
 
-    return MemoryEfficientCLIPLoss(temperature=CLIP_TEMPERATURE, stable=False)
+    return MemoryEfficientCLIPLoss(temperature=_CLIP_TEMPERATURE, stable=False)
 
 
 def _memeff_clip(first: Tensor, second: Tensor, scale: Tensor) -> Tensor:
@@ -54,13 +53,9 @@ def _siglip_kernel(first: Tensor, second: Tensor, scale: Tensor, bias: Tensor) -
     return loss
 
 
+# of each loss, by the name of their package
 RIVALS: dict[str, dict[str, LossFunction]] = {
     "clip_loss": {"memeff": _memeff_clip, "inf-cl": _inf_cl_clip},
     "info_nce": {"cut-cross-entropy": _cut_cross_entropy},
     "siglip_loss": {"siglip-kernel": _siglip_kernel},
 }
-
-
-def rivals_of(loss: str) -> dict[str, Callable[..., Tensor]]:
-    """By the name of their package."""
-    return RIVALS.get(loss, {})

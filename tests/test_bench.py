@@ -100,7 +100,6 @@ def _entry(rows: int, side: str, compared: bool = True) -> report.Entry:
         "dim": 128,
         "pairs": 4 * rows**2,
         "dtype": "float32",
-        "device": "cpu",
         "side": side,
         "implementation": {FASTCL: "chunked", PYPI: "some-package"}[side],
         "peak_bytes": 4 << 20,

@@ -8,8 +8,9 @@
 namespace fastcl::cpu {
 namespace {
 
-// A sum is formed in blocks of so many pairs, as in gemm.h.
-constexpr int64_t kPairBlock = 64;
+// A sum is formed in blocks of so many pairs. Every block's sum passes through memory, which costs as much as
+// the product of 128 pairs; rounding to bfloat16 or to two parts outweighs what longer sums lose.
+constexpr int64_t kPairBlock = 512;
 
 // c (rows, columns) is the sum of the terms' a (rows, depth) b (depth, columns): added to what c holds or,
 // with factors, c = sum * (row factor * column factor) * scale + offset of the row (null: 0).
@@ -28,23 +29,22 @@ struct PairProduct {
   float scale = 1;
 
   // Of a block's sum, what c becomes there; `first` is the block that c starts from.
+  template <bool FACTORS>
   void finish(__m512 sum, int64_t row, int64_t column, bool first) const {
     float* const to = c + row * c_stride + column;
-    if (row_factor) {
+    if constexpr (FACTORS) {
       const __m512 factor = _mm512_set1_ps(row_factor[row]) * _mm512_loadu_ps(column_factor + column);
-      sum *= factor * _mm512_set1_ps(scale);
+      const __m512 start = first ? _mm512_set1_ps(offset ? offset[row] : 0.0f) : _mm512_loadu_ps(to);
+      _mm512_storeu_ps(to, sum * (factor * _mm512_set1_ps(scale)) + start);
+    } else {
+      _mm512_storeu_ps(to, sum + _mm512_loadu_ps(to));
     }
-    const __m512 start = !row_factor || !first ? _mm512_loadu_ps(to)
-                         : offset              ? _mm512_set1_ps(offset[row])
-                                               : __m512{};
-    _mm512_storeu_ps(to, sum + start);
   }
 };
 
-// Of all depth and terms, what is summed at once.
+// Of the depth, what is summed at once.
 struct PairSlice {
-  const Pair *a, *b;
-  int64_t depth;
+  int64_t begin, depth;
   bool first;
 };
 
@@ -80,6 +80,7 @@ static_assert(sizeof(TileConfiguration) == 64);
 #define FASTCL_TILE_ZERO(n) asm volatile("tilezero %%tmm" #n::: "memory")
 #define FASTCL_TILE_PRODUCT(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c::: "memory")
 
+template <bool FACTORS>
 void product_block(const PairProduct& p, const PairSlice& slice, int64_t i, int64_t j, int64_t rows,
                    int64_t columns) {
   const bool lower = rows > 16, right = columns > kPairVector;
@@ -88,20 +89,22 @@ void product_block(const PairProduct& p, const PairSlice& slice, int64_t i, int6
   FASTCL_TILE_ZERO(1);
   FASTCL_TILE_ZERO(2);
   FASTCL_TILE_ZERO(3);
-  const Pair* a = slice.a + i * p.a_row;
-  const Pair* b = slice.b + j / kPairPanel * p.panel_stride;
-  for (int64_t k = 0; k < slice.depth; k += 16, a += 16, b += 16 * kPairPanel) {
-    FASTCL_TILE_LOAD(6, b, b_stride);
-    FASTCL_TILE_LOAD(4, a, a_stride);
-    FASTCL_TILE_PRODUCT(0, 4, 6);
-    if (right) {
-      FASTCL_TILE_LOAD(7, b + kPairVector, b_stride);
-      FASTCL_TILE_PRODUCT(1, 4, 7);
-    }
-    if (lower) {
-      FASTCL_TILE_LOAD(5, a + 16 * p.a_row, a_stride);
-      FASTCL_TILE_PRODUCT(2, 5, 6);
-      if (right) FASTCL_TILE_PRODUCT(3, 5, 7);
+  for (int t = 0; t < p.terms; t++) {
+    const Pair* a = p.term[t].a + i * p.a_row + slice.begin;
+    const Pair* b = p.term[t].b + j / kPairPanel * p.panel_stride + slice.begin * kPairPanel;
+    for (int64_t k = 0; k < slice.depth; k += 16, a += 16, b += 16 * kPairPanel) {
+      FASTCL_TILE_LOAD(6, b, b_stride);
+      FASTCL_TILE_LOAD(4, a, a_stride);
+      FASTCL_TILE_PRODUCT(0, 4, 6);
+      if (right) {
+        FASTCL_TILE_LOAD(7, b + kPairVector, b_stride);
+        FASTCL_TILE_PRODUCT(1, 4, 7);
+      }
+      if (lower) {
+        FASTCL_TILE_LOAD(5, a + 16 * p.a_row, a_stride);
+        FASTCL_TILE_PRODUCT(2, 5, 6);
+        if (right) FASTCL_TILE_PRODUCT(3, 5, 7);
+      }
     }
   }
   alignas(64) float sums[kBlockRows * kPairPanel];
@@ -113,7 +116,7 @@ void product_block(const PairProduct& p, const PairSlice& slice, int64_t i, int6
   if (lower && right) FASTCL_TILE_STORE(3, lower_sums + kPairVector, sums_stride);
   for (int64_t r = 0; r < rows; r++)
     for (int64_t column = 0; column < columns; column += kPairVector)
-      p.finish(_mm512_load_ps(sums + r * kPairPanel + column), i + r, j + column, slice.first);
+      p.finish<FACTORS>(_mm512_load_ps(sums + r * kPairPanel + column), i + r, j + column, slice.first);
 }
 
 // The tiles of a thread, which no other code may have in use.
@@ -134,35 +137,40 @@ class Units {
 
 constexpr int64_t kBlockRows = 12;  // 24 accumulators of 32 registers
 
-template <int ROWS, int VECTORS>
+template <bool FACTORS, int ROWS, int VECTORS>
 void product_rows(const PairProduct& p, const PairSlice& slice, int64_t i, int64_t j) {
   __m512 acc[ROWS][VECTORS] = {};
-  const Pair* a = slice.a + i * p.a_row;
-  const Pair* b = slice.b + j / kPairPanel * p.panel_stride;
-  for (int64_t k = 0; k < slice.depth; k++, a += p.a_depth, b += kPairPanel) {
-    __m512bh bv[VECTORS];
+  for (int t = 0; t < p.terms; t++) {
+    const Pair* a = p.term[t].a + i * p.a_row + slice.begin * p.a_depth;
+    const Pair* b = p.term[t].b + j / kPairPanel * p.panel_stride + slice.begin * kPairPanel;
+    for (int64_t k = 0; k < slice.depth; k++, a += p.a_depth, b += kPairPanel) {
+      __m512bh bv[VECTORS];
 #pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; v++) bv[v] = (__m512bh)_mm512_loadu_si512(b + v * kPairVector);
+      for (int v = 0; v < VECTORS; v++) bv[v] = (__m512bh)_mm512_loadu_si512(b + v * kPairVector);
 #pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++) {
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[r * p.a_row]));
+      for (int r = 0; r < ROWS; r++) {
+        const __m512bh x = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[r * p.a_row]));
 #pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; v++) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], x, bv[v]);
+        for (int v = 0; v < VECTORS; v++) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], x, bv[v]);
+      }
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; r++) {
 #pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; v++) p.finish(acc[r][v], i + r, j + v * kPairVector, slice.first);
+    for (int v = 0; v < VECTORS; v++) p.finish<FACTORS>(acc[r][v], i + r, j + v * kPairVector, slice.first);
   }
 }
 
-template <int ROWS = kBlockRows>
+template <bool FACTORS, int ROWS = kBlockRows>
 void product_block(const PairProduct& p, const PairSlice& slice, int64_t i, int64_t j, int64_t rows,
                    int64_t columns) {
   if constexpr (ROWS > 0) {
-    if (rows < ROWS) return product_block<ROWS - 1>(p, slice, i, j, rows, columns);
-    columns > kPairVector ? product_rows<ROWS, 2>(p, slice, i, j) : product_rows<ROWS, 1>(p, slice, i, j);
+    if (rows < ROWS) return product_block<FACTORS, ROWS - 1>(p, slice, i, j, rows, columns);
+    if (columns > kPairVector)
+      product_rows<FACTORS, ROWS, 2>(p, slice, i, j);
+    else
+      product_rows<FACTORS, ROWS, 1>(p, slice, i, j);
   }
 }
 
@@ -172,25 +180,23 @@ struct Units {
 
 #endif
 
+template <bool FACTORS>
 void multiply(const PairProduct& p, const PairSlice& slice, Units& units) {
   for (int64_t j = 0; j < p.columns; j += kPairPanel) {
     const int64_t columns = p.columns - j < kPairPanel ? p.columns - j : kPairPanel;
     for (int64_t i = 0; i < p.rows; i += kBlockRows) {
       const int64_t rows = p.rows - i < kBlockRows ? p.rows - i : kBlockRows;
       units.set_rows(rows);
-      product_block(p, slice, i, j, rows, columns);
+      product_block<FACTORS>(p, slice, i, j, rows, columns);
     }
   }
 }
 
 void multiply(const PairProduct& p) {
   Units units;
-  for (int t = 0; t < p.terms; t++) {
-    for (int64_t k = 0; k == 0 || k < p.depth; k += kPairBlock) {
-      const int64_t depth = p.depth - k < kPairBlock ? p.depth - k : kPairBlock;
-      multiply(p, {p.term[t].a + k * p.a_depth, p.term[t].b + k * kPairPanel, depth, t == 0 && k == 0},
-               units);
-    }
+  for (int64_t k = 0; k == 0 || k < p.depth; k += kPairBlock) {
+    const PairSlice slice{k, p.depth - k < kPairBlock ? p.depth - k : kPairBlock, k == 0};
+    p.row_factor ? multiply<true>(p, slice, units) : multiply<false>(p, slice, units);
   }
 }
 

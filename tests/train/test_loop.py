@@ -190,6 +190,13 @@ class TestSiamese:
         exact = sum((unit(x) - unit(y)).square().sum(1).mean() for x, y in zip(p, targets[::-1], strict=True))
         assert loss.isclose(exact)
 
+    def test_byol_can_have_projections_without_a_common_mean(self) -> None:
+        module, samples = self.module(BYOL, final_norm=True), torch.randn(16, 6)
+        assert module.slow_copy is not None
+        for network in (module.network, module.slow_copy):
+            torch.testing.assert_close(network(samples).mean(dim=0), torch.zeros(4), atol=1e-6, rtol=0)
+        assert module.projector[-1].weight is None
+
     def test_moco_v3_is_the_cross_entropy_of_both_directions(self) -> None:
         module = self.module(MoCoV3, momentum=0.9, temperature=0.2)
         samples = torch.randn(16, 6)

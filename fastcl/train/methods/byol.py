@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor, nn
 
@@ -15,6 +17,16 @@ from fastcl.train.schedules import Cosine, Value
 
 _DEFAULT = Optimization("lars", lr=3.2, weight_decay=1.5e-6, warmup_epochs=10)
 _MOMENTUM = Cosine(0.996, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BYOLSettings(SlowCopySettings):
+    """BYOL's own."""
+
+    final_norm: Annotated[
+        bool, "Normalize the projections over the batch, as SimSiam does: short runs learn faster."
+    ] = False
+
 
 _RECIPE: Recipe = {
     "digits": {"hidden": 256, "momentum": 0.99},
@@ -34,7 +46,7 @@ _RECIPE: Recipe = {
 @register(
     "byol",
     "each view predicts a slow copy's projection of the other (Grill et al. 2020, arXiv 2006.07733)",
-    settings=SlowCopySettings,
+    settings=BYOLSettings,
     recipe=_RECIPE,
 )
 class BYOL(Siamese):
@@ -49,6 +61,8 @@ class BYOL(Siamese):
         dim: width of projection and prediction.
         hidden: width of the heads' hidden layers.
         momentum: of the slow copy; a number, or a schedule of it.
+        final_norm: batch-normalize the projections, without scale and shift, which the paper does not: no
+            mean is then common to all of them.
         optimization: the optimizer and its schedules.
     """
 
@@ -61,12 +75,13 @@ class BYOL(Siamese):
         dim: int = 256,
         hidden: int = 4096,
         momentum: Value = _MOMENTUM,
+        final_norm: bool = False,
         optimization: Optimization = _DEFAULT,
     ) -> None:
         super().__init__(
             encoder,
             augment,
-            projector=perceptron(features, hidden, dim),
+            projector=perceptron(features, hidden, dim, final_norm=final_norm),
             predictor=perceptron(dim, hidden, dim),
             momentum=momentum,
             optimization=optimization,

@@ -1,7 +1,8 @@
 """Compiles every Triton kernel for GPUs that need not be here, and reads the machine code.
 
 ``python -m bench.aot`` prints a line per kernel and target: registers, spilled bytes, shared memory,
-tensor-core instructions. It fails on a spill, and where a product is formed without such instructions.
+tensor-core instructions, and what a warp executes in one pass of the main loop, or in all
+without one. It fails on a spill, and where a product is formed without tensor-core instructions.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from bench import kernel_calls
+from bench import kernel_calls, machine_code
+from bench.machine_code import Code
 from fastcl.kernels import launch, tiles
 
 TARGETS = {
@@ -35,6 +37,7 @@ TARGETS = {
 _SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|v_s?mfma)")
+_EXECUTED = ("issued", "fp32", "int", "sfu", "words")  # instructions by unit; words of shared memory
 _PLAIN_PRODUCT = re.compile(r"\btt\.dot\b.*-> tensor<[^>]*#blocked")
 
 
@@ -45,25 +48,44 @@ class Row(NamedTuple):
     kernel: str
     call: str
     tile: str
-    registers: int
+    code: Code
     spilled: int  # bytes per thread
-    shared: int  # bytes per program
     tensor_core: int  # instructions in the code, 0 where a product goes without
     needs_tensor_core: bool
 
     def failed(self) -> bool:
         """Whether the machine code is not what it must be, or cannot be launched."""
-        too_large = self.shared > _SHARED_LIMIT[self.target]
+        too_large = self.code.shared > _SHARED_LIMIT[self.target]
         return self.spilled > 0 or too_large or (self.needs_tensor_core and self.tensor_core == 0)
 
 
 def compile_for(target: str, names: Sequence[str], only: Container[str] | None = None) -> list[Row]:
     """Compile what calls would launch on ``target``, each form once; all kernels or ``only`` those named."""
     tiles.architecture = lambda device: target  # type: ignore[assignment]
-    launch.input_precision = lambda device: "ieee" if target.startswith("gfx") else "tf32x3"
+    launch.input_precision = lambda device: input_precision(target)
     launch.launch = lambda *args, **options: launched.append((*args, options))
     launch.matmul = lambda a, b: a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
     launched: list[tuple[Any, ...]] = []
+    compile_as_on(target)
+    rows: dict[Any, Row] = {}
+    for call in (call for call in kernel_calls.calls() if call.name in names):
+        launched.clear()
+        call.run()
+        for kernel, grid, *args, options in launched:
+            form = form_of(kernel, args, options)
+            if form not in rows and (only is None or kernel.fn.__name__ in only):
+                compiled = kernel.warmup(*args, grid=grid, **options)
+                rows[form] = _row(target, call, kernel, options, compiled)
+    return list(rows.values())
+
+
+def input_precision(target: str) -> str:
+    """How float32 products are formed on ``target``."""
+    return "ieee" if target.startswith("gfx") else "tf32x3"
+
+
+def compile_as_on(target: str) -> None:
+    """From here on this process compiles for ``target``."""
     device = list(TARGETS).index(target)
     driver.set_active(
         SimpleNamespace(
@@ -72,16 +94,11 @@ def compile_for(target: str, names: Sequence[str], only: Container[str] | None =
             get_current_stream=lambda device: 0,
         )
     )
-    rows: dict[Any, Row] = {}
-    for call in (call for call in kernel_calls.calls() if call.name in names):
-        launched.clear()
-        call.run()
-        for kernel, grid, *args, options in launched:
-            form = (kernel.fn.__name__, repr(options), _form(args))
-            if form not in rows and (only is None or kernel.fn.__name__ in only):
-                compiled = kernel.warmup(*args, grid=grid, **options)
-                rows[form] = _row(target, call, kernel, options, compiled)
-    return list(rows.values())
+
+
+def form_of(kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> Any:
+    """What tells one machine code from another."""
+    return kernel.fn.__name__, repr(options), _form(tuple(args))
 
 
 def _form(x: Any) -> Any:
@@ -94,23 +111,29 @@ def _form(x: Any) -> Any:
 
 
 def _row(target: str, call: kernel_calls.Call, kernel: Any, options: dict[str, Any], compiled: Any) -> Row:
-    read = _read_amd if target.startswith("gfx") else _read_nvidia
-    registers, spilled, code = read(compiled.asm)
+    code, spilled, text = read(target, compiled)
     tile = "x".join(str(options[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in options)
-    matrix = "tt.dot" in compiled.asm["ttir"]
     every_product = not _PLAIN_PRODUCT.search(compiled.asm["ttgir"])
-    name = kernel.fn.__name__
     return Row(
         target,
-        name,
+        kernel.fn.__name__,
         call.name,
-        f"{tile} {options.get('num_warps', 4)}w" if tile else "",
-        registers,
+        f"{tile} {code.warps}w" if tile else "",
+        code,
         spilled,
-        compiled.metadata.shared,
-        len(_TENSOR_CORES.findall(code)) if every_product else 0,
-        matrix,
+        len(_TENSOR_CORES.findall(text)) if every_product else 0,
+        "tt.dot" in compiled.asm["ttir"],
     )
+
+
+def read(target: str, compiled: Any) -> tuple[Code, int, str]:
+    """A compiled kernel's code, the bytes it spills per thread, and its text."""
+    amd = target.startswith("gfx")
+    registers, spilled, text = (_read_amd if amd else _read_nvidia)(compiled.asm)
+    code = Code(
+        registers, compiled.metadata.shared, compiled.metadata.num_warps, *machine_code.count(text, amd)
+    )
+    return code, spilled, text
 
 
 def _read_nvidia(asm: Any) -> tuple[int, int, str]:
@@ -145,20 +168,27 @@ def table(targets: list[str], calls: list[kernel_calls.Call]) -> Iterator[Row]:
             yield from job.result()
 
 
+def _executed(code: Code) -> tuple[int, ...]:
+    part = code.loop if code.loop.issued else code.once
+    return part.issued, part.fp32, part.alu + part.integer_products, part.special, part.shared
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__)
     parser.add_argument("--target", action="append", choices=TARGETS, help="default: all of them")
     parser.add_argument("-k", default="", metavar="NAME", help="only calls whose name holds this")
     arguments = parser.parse_args()
     calls = [call for call in kernel_calls.calls() if arguments.k in call.name]
-    heads = ("target", "kernel", "call", "tile", "regs", "spill", "shared", "mma")
-    print("{:7} {:16} {:34} {:14} {:>4} {:>5} {:>7} {:>4}".format(*heads))
+    heads = ("target", "kernel", "call", "tile", "regs", "spill", "shared", "mma", *_EXECUTED)
+    print("{:7} {:16} {:34} {:14} {:>4} {:>5} {:>7} {:>4} {:>6} {:>5} {:>5} {:>4} {:>5}".format(*heads))
     failed = 0
     for row in table(arguments.target or list(TARGETS), calls):
         failed += row.failed()
         print(
-            f"{row.target:7} {row.kernel:16} {row.call:34} {row.tile:14} {row.registers:4} {row.spilled:5} "
-            f"{row.shared:7} {row.tensor_core:4}{'  FAILED' if row.failed() else ''}",
+            f"{row.target:7} {row.kernel:16} {row.call:34} {row.tile:14} {row.code.registers:4} "
+            f"{row.spilled:5} {row.code.shared:7} {row.tensor_core:4} "
+            "{:6} {:5} {:5} {:4} {:5}".format(*_executed(row.code))
+            + "  FAILED" * row.failed(),
             flush=True,
         )
     wrong = f"{failed} kernels spill registers or miss tensor-core instructions"

@@ -44,8 +44,8 @@ _HEAD = (
 )
 
 _ON_GOALS = (
-    "Shares of the matrix rate, counted in the floor's products, as the step is and as it would be, each "
-    "change on top of those before it. Not likely: the likely time misses the goal. Not met: the low one does too."
+    "Shares of the matrix rate, in the floor's products, as the step is and as it would be, each change "
+    "on top of those before it. Not likely: the likely time misses the goal. Not met: the low one does too."
 )
 
 Works = dict[str, Counter[Work]]

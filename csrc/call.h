@@ -44,7 +44,7 @@ struct StatsCall {
 
   StatsCall(const Tensor& x, const Tensor& y, const OptionalTensor& scale, const OptionalTensor& key_scale,
             const OptionalTensor& bias2, const RuleArguments& rule, bool normalize, bool symmetric,
-            int64_t precision, bool columns)
+            int64_t precision, bool columns, double second_scale = 0)
       : query(row_contiguous(x)), key(symmetric ? query : row_contiguous(y)) {
     call = {input_of(query),
             input_of(key),
@@ -55,7 +55,8 @@ struct StatsCall {
             normalize,
             symmetric,
             columns,
-            static_cast<Precision>(precision)};
+            static_cast<Precision>(precision),
+            second_scale};
     if (rule.within_query) call.rule.within = ids(*rule.within_key, *rule.within_query);
     if (rule.exclude_keys) {
       call.rule.exclude_keys = static_cast<const int64_t*>(data(*rule.exclude_keys));

@@ -24,10 +24,11 @@ using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 FiveTensors stats_forward(Tensor query, Tensor key, Tensor scale, OptionalTensor key_scale,
                           OptionalTensor bias2, std::vector<Tensor> exclude, std::vector<Tensor> positive,
                           OptionalTensor within_query, OptionalTensor within_key, OptionalTensor exclude_keys,
-                          bool normalize, bool symmetric, int64_t precision, bool columns, bool weighted) {
+                          bool normalize, bool symmetric, int64_t precision, bool columns,
+                          double second_scale, bool weighted) {
   const StatsCall args(query, key, scale, key_scale, bias2,
                        {exclude, positive, {}, within_query, within_key, exclude_keys}, normalize, symmetric,
-                       precision, columns);
+                       precision, columns, second_scale);
   const int64_t n = query.size(0), m = columns ? key.size(0) : 0;
   auto output = [&](int64_t rows, int64_t width) {
     return torch::stable::new_empty(query, {rows, width}, compute_type(query));
@@ -50,11 +51,11 @@ FiveTensors stats_backward(Tensor query, Tensor key, Tensor scale, OptionalTenso
                            OptionalTensor bias2, std::vector<Tensor> exclude, std::vector<Tensor> positive,
                            OptionalTensor within_query, OptionalTensor within_key,
                            OptionalTensor exclude_keys, bool normalize, bool symmetric, int64_t precision,
-                           bool columns, Tensor grad_rows, Tensor row_state, Tensor grad_columns,
-                           Tensor column_state, int64_t needs) {
+                           bool columns, double second_scale, Tensor grad_rows, Tensor row_state,
+                           Tensor grad_columns, Tensor column_state, int64_t needs) {
   const StatsCall args(query, key, scale, key_scale, bias2,
                        {exclude, positive, {}, within_query, within_key, exclude_keys}, normalize, symmetric,
-                       precision, columns);
+                       precision, columns, second_scale);
   const ScalarType dtype = compute_type(query);
   const bool per_key = needs & (Needs::kKeyBias | Needs::kKeyScale);
   const Tensor keys = torch::stable::new_empty(query, {per_key ? key.size(0) : 0}, dtype);
@@ -201,7 +202,7 @@ STABLE_TORCH_LIBRARY(fastcl_native, m) {
   const std::string problem =
       "(Tensor query, Tensor key, Tensor scale, Tensor? key_scale, Tensor? bias2, Tensor[] exclude, "
       "Tensor[] positive, Tensor? within_query, Tensor? within_key, Tensor? exclude_keys, bool normalize, "
-      "bool symmetric, int precision, bool columns";
+      "bool symmetric, int precision, bool columns, float second_scale";
   const std::string five = ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
   m.def(("stats_forward" + problem + ", bool weighted" + five).c_str());
   m.def(("stats_backward" + problem +

@@ -28,7 +28,7 @@ CurrentStream find_current_stream() {
 void* current_stream(int device) {
   static const CurrentStream find = find_current_stream();
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(find(device, &stream));
+  TORCH_ERROR_CODE_CHECK(find(device, &stream));
   return stream;
 }
 

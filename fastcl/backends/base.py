@@ -79,6 +79,7 @@ class Backend:
     note: str = ""  # what a reader of show_config should know
     auto: bool = True  # whether 'auto' may choose it
 
+    two_scales: bool = False  # whether its statistics know Problem.second_scale
     # (problem, weighted_keys) -> statistics and state of the rows, of the columns, sum_j p_ij y_j if asked
     stats_forward: Callable[[Problem, bool], Outputs] = _not_computed
     # (problem, grad_rows, grad_columns, row_state, column_state, needs) -> gradients, as Needs orders them

@@ -140,7 +140,7 @@ def _given(*ids: Tensor | None) -> list[Tensor]:
 
 
 def _native_logistic(problem: Problem, bias: Tensor) -> tuple[Any, ...]:
-    query, key, scale, _, _, *rule, normalize, _, precision, _ = _native_problem(problem)
+    query, key, scale, _, _, *rule, normalize, _, precision, _, _ = _native_problem(problem)
     return query, key, scale, bias, *rule, normalize, precision
 
 
@@ -162,6 +162,7 @@ def _native_problem(problem: Problem) -> tuple[Any, ...]:
         problem.symmetric,
         problem.precision,
         problem.columns,
+        problem.second_scale,
     )
 
 
@@ -171,6 +172,7 @@ BACKEND = Backend(
     unsupported_reasons=unsupported_reasons,
     whole_losses=(OnePositive, ManyPositives),
     every_form=True,
+    two_scales=True,
     stats_forward=stats_forward,
     stats_backward=stats_backward,
     logistic=logistic,

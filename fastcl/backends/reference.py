@@ -108,6 +108,9 @@ def stats(problem: Problem) -> tuple[Tensor, Tensor]:
         pair_logits = logits(problem)
         negative, positive = pair_masks(problem)
         rows = _pack(pair_logits, negative, positive)
+        if problem.second_scale:
+            again = masked_logsumexp(problem.second_scale * pair_logits, negative)
+            rows = torch.stack(Statistics._make(rows)._replace(lse_pos=again))
         if not problem.columns:
             return rows, rows.new_empty(STATISTICS, 0)
         return rows, _pack(pair_logits.T, negative.T, positive.T)
@@ -247,4 +250,4 @@ def mochi(args: Mochi) -> Tensor:
 
 
 # statistics and MoCHi need no op: autograd differentiates them
-BACKEND = Backend("reference", topk=topk, enqueue=enqueue)
+BACKEND = Backend("reference", two_scales=True, topk=topk, enqueue=enqueue)

@@ -6,7 +6,6 @@ Robinson et al. 2021, https://arxiv.org/abs/2010.04592.
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,7 +17,7 @@ from fastcl.similarity.checks import check_number, check_pair, inverse_scalar
 from fastcl.similarity.compiled import anchored
 from fastcl.similarity.numerics import compute_dtype, log_count, row_dot, softplus, unit_rows
 from fastcl.similarity.rules import PairRule
-from fastcl.similarity.stats import similarity_stats
+from fastcl.similarity.stats import lse_at_two_scales, similarity_stats
 
 
 def hard_negative_loss(
@@ -64,15 +63,17 @@ def hard_negative_loss(
     dtype = compute_dtype(z1.dtype)  # rows enter twice, and their gradients should round once
     z1, z2 = anchored(z1).to(dtype), anchored(z2).to(dtype)
     samples = z1.shape[0] if group is None else sum(row_counts(z1, group))
-    positive = (row_dot(unit_rows(z1), unit_rows(z2)) * scale.to(dtype)).repeat(2)
-    z = torch.cat([z1, z2])
+    z = unit_rows(torch.cat([z1, z2]))
+    positive = (row_dot(*z.chunk(2)) * scale.to(dtype)).repeat(2)
     log_n = log_count(2 * samples - 2, z)
     ids = ids_of_rows(z1.shape[0], group, z.device).repeat(2)
     rule = PairRule(exclude=(ids, ids))
-    stats = partial(similarity_stats, z, z, rule=rule, normalize=True, group=group, ring=ring)
-    lse = stats(scale=scale * (1 + beta)).lse_neg
+    if beta == 0:
+        lse = similarity_stats(z, z, scale=scale, rule=rule, group=group, ring=ring).lse_neg
+        lse_weights = log_n
+    else:
+        lse, lse_weights = lse_at_two_scales(z, scale, (1 + beta, beta), rule, group, ring)
     empty = lse == -torch.inf
-    lse_weights = log_n if beta == 0 else stats(scale=scale * beta).lse_neg
     excess = (lse - lse_weights).masked_fill(empty, 0.0) - positive
     excess = torch.maximum(_debiased(excess, tau_plus), -scale.to(dtype) - positive)
     losses = softplus(excess + log_n).masked_fill(empty, 0.0)

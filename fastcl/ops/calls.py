@@ -37,6 +37,16 @@ def statistics(problem: Problem, columns: bool = False, backend: str = "auto") -
     return Measured(unpack(rows), unpack(rows if problem.symmetric else packed_columns))
 
 
+def lse_at_two_scales(problem: Problem, second: float) -> tuple[Tensor, Tensor]:
+    """``lse_neg`` (N,) of a problem without positives, and that of ``second`` times its logits."""
+    chosen = choose(Request.of(problem.query, simple_rule=problem.has_simple_rule()))
+    if second and chosen.two_scales:  # 0 would say that there is none
+        rows = statistics(problem._replace(second_scale=second)).rows
+        return rows.lse_neg, rows.lse_pos
+    rescaled = problem._replace(scale=problem.scale * second)
+    return statistics(problem).rows.lse_neg, statistics(rescaled).rows.lse_neg
+
+
 def _frozen_keys(problem: Problem) -> bool:
     """Whether only the query needs a gradient, so that the forward pass can accumulate it."""
     others = (problem.key, problem.scale, problem.key_bias, problem.key_scale)

@@ -28,7 +28,7 @@ _PROBLEM = (
     "Tensor? positive_query, Tensor? positive_key, Tensor? exclude_query, Tensor? exclude_key, "
     "Tensor? within_query, Tensor? within_key, Tensor? exclude_keys, "
     "Tensor[] positive_more, Tensor[] exclude_more, "
-    "bool normalize, bool columns, bool symmetric, int precision"
+    "bool normalize, bool columns, bool symmetric, int precision, float second_scale"
 )
 library = Library("fastcl", "DEF")
 library.define(
@@ -107,6 +107,8 @@ def _filled(like: Tensor, *outputs: Tensor | None) -> tuple[Tensor, ...]:
 
 def _stats_forward(*args: Any) -> tuple[Tensor, ...]:
     problem, (weighted_keys, backend) = Problem(*args[:PROBLEM_FIELDS]), args[PROBLEM_FIELDS:]
+    if problem.second_scale and not BACKENDS[backend].two_scales:
+        raise NotImplementedError(f"backend {backend!r} has no statistics at two scales")
     with without_autocast(problem.query.device):
         return BACKENDS[backend].stats_forward(problem, weighted_keys)
 

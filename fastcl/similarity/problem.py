@@ -37,6 +37,9 @@ class Problem(NamedTuple):
     columns: bool = False
     symmetric: bool = False
     precision: int = 0  # of float32 products, as matmul_precision_level: of the backward pass too
+    # not 0: the positives are the negatives again, their logits times this, without sum and count; of
+    # statistics by a backend that says so
+    second_scale: float = 0.0
 
     def inputs(self) -> tuple[Tensor | None, ...]:
         """Those that may need a gradient, in the order of :class:`Needs`."""
@@ -44,7 +47,7 @@ class Problem(NamedTuple):
 
     def has_positives(self) -> bool:
         """Whether a pair may be positive."""
-        return self.positive_query is not None or len(self.positive_more) > 0
+        return self.positive_query is not None or len(self.positive_more) > 0 or self.second_scale != 0
 
     def has_simple_rule(self) -> bool:
         """Whether one test of ids each says which pairs are excluded and positive."""

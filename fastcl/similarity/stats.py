@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -188,3 +189,30 @@ def similarity_stats(
             problem, group, ring, global_ids=True, counts=counts, backend=backend
         )
     return SimilarityStats(*of_rows, columns=None if of_columns is None else SimilarityStats(*of_columns))
+
+
+def lse_at_two_scales(
+    x: Tensor,
+    scale: Tensor,
+    factors: tuple[float, float],
+    rule: PairRule,
+    group: dist.ProcessGroup | None = None,
+    ring: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``lse_neg`` of the rows of x (N, D) with each other at ``scale`` times each factor, not both 0."""
+    first, second = factors
+    if abs(first) < abs(second):
+        of_second, of_first = lse_at_two_scales(x, scale, (second, first), rule, group, ring)
+        return of_first, of_second
+    if group is not None:
+        stats = partial(similarity_stats, x, x, rule=rule, group=group, ring=ring)
+        return stats(scale=scale * first).lse_neg, stats(scale=scale * second).lse_neg
+    problem = Problem(
+        x,
+        x,
+        scalar("scale", scale, x) * first,
+        **rule.fields(),
+        symmetric=rule.is_symmetric(),
+        precision=matmul_precision_level(),
+    )
+    return calls.lse_at_two_scales(problem, second / first)

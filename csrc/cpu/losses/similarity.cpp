@@ -81,6 +81,7 @@ class Similarity {
     problem_.bias2 = static_cast<const T*>(call.bias2);
     set_rule();
     problem_.symmetric = call.symmetric;
+    problem_.second_scale = static_cast<T>(call.second_scale);
     if constexpr (std::is_same_v<T, float>)
       if (bfloat16_fits_) set_bfloat16_rows();
   }

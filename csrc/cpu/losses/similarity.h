@@ -14,6 +14,7 @@ struct SimilarityCall {
   PairRule rule;
   bool normalize, symmetric, columns;
   Precision precision;
+  double second_scale;  // as Problem's
 };
 
 // Statistics, as StatisticsFields, and what of them the backward pass takes, as StateFields. Null where not

@@ -46,8 +46,9 @@ struct SideWeights {
   enum Field { kNegMax, kNegFactor, kPosMax, kPosFactor, kConstant, kFields };
   T* field(int f) const { return memory.get() + f * stride; }
   Weight<T> negative(int64_t i) const { return {field(kNegMax) + i, field(kNegFactor) + i}; }
+  Weight<T> positive(int64_t i) const { return {field(kPosMax) + i, field(kPosFactor) + i}; }
   typename Kernels<T>::PairWeight pair(int64_t i) const {
-    return {negative(i), {field(kPosMax) + i, field(kPosFactor) + i}, field(kConstant) + i};
+    return {negative(i), positive(i), field(kConstant) + i};
   }
   explicit operator bool() const { return static_cast<bool>(memory); }
 };

@@ -71,6 +71,7 @@ class TileWalk {
     if (!has_positives(p)) return;
     positive_ = tile_;
     positive_.s = positives_;
+    if (p.second_scale) return kernels<T>().rescale(positive_, tile_, p.second_scale);
     if (!split_pairs(p, tile_, positive_, begin, key_begin, lane ? lane->positive_sums(begin) : unused_,
                      row ? row->positive_sums(key_begin) : unused_, scratch_))
       positive_.s = nullptr;

@@ -34,7 +34,7 @@ struct PairRule {
 
 template <class T>
 bool has_positives(const Problem<T>& problem) {
-  return problem.positive.row || (problem.rule && !problem.rule->positive.empty());
+  return problem.positive.row || (problem.rule && !problem.rule->positive.empty()) || problem.second_scale;
 }
 // Excludes from a tile of logits, whose first pair is of these.
 template <class T>

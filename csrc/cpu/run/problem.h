@@ -68,6 +68,7 @@ struct Problem {
   Ids exclude, positive;           // row: key ids (M), lane: query ids (N); null without the rule
   const PairRule* rule = nullptr;  // what more there is of the rule
   bool symmetric = false;          // key is query: tiles above the diagonal serve both sides
+  T second_scale = 0;              // not 0: the positives are the negatives again, logits times this
 };
 
 // Scratch slots of a task; from kPackedSlot on those of its products.

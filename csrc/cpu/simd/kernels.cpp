@@ -315,6 +315,7 @@ constexpr Kernels<T> kTable = {
     both_log_sum<T>,
     row_log_sum<T>,
     add_biases<T>,
+    rescale<T>,
     exponentiate<T>,
     lane_weights<T>,
     both_weights<T>,

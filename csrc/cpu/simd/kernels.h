@@ -136,6 +136,8 @@ struct Kernels {
   void (*row_log_sum)(Tile<T> tile, LogSum<T> row);
   // to = tile + bias of the lane (null: 0) + bias of the row (null: 0); of tiles that stride alike
   void (*add_biases)(Tile<T> to, Tile<T> tile, const T* lane, const T* row);
+  // to = tile * factor, where pairs are not excluded; of tiles that stride alike
+  void (*rescale)(Tile<T> to, Tile<T> tile, T factor);
   // tile = exp2(tile - max), sum += its lane sums
   void (*exponentiate)(Tile<T> tile, const T* max, T* sum);
 

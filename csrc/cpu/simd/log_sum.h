@@ -94,6 +94,16 @@ void add_biases(Tile<T> to, Tile<T> tile, const T* lane, const T* row) {
   }
 }
 
+template <class T>
+void rescale(Tile<T> to, Tile<T> tile, T factor) {
+  for (int64_t r = 0; r < tile.rows; r++) {
+    for (int64_t i = 0; i < vectors_of(tile) * kLanes<T>; i += kLanes<T>) {
+      const Vec<T> s = load(tile.row(r) + i);
+      store(to.row(r) + i, s <= excluded_logit<T> / 2 ? empty_vector<T>() : s * factor);
+    }
+  }
+}
+
 // Adds a tile's sums, taken relative to `reference`, to running sums of `count` (whole vectors).
 template <class T>
 void merge_log_sum(LogSum<T> running, const T* tile_max, const T* tile_sum, T reference, int64_t count) {

@@ -42,6 +42,22 @@ class Case {
     check_weights(lane, row);
   }
 
+  void check_rescale() {
+    const Tile<T> tile = fill();
+    tile.row(0)[0] = excluded_logit<T>;
+    tile.row(rows_ - 1)[lanes_ - 1] = T(NAN);
+    std::vector<T> memory(rows_ * tile.stride);
+    const Tile<T> to{memory.data(), tile.stride, rows_, lanes_};
+    k_.rescale(to, tile, T(0.25));
+    int64_t wrong = 0;
+    for (int64_t r = 0; r < rows_; r++)
+      for (int64_t i = 0; i < lanes_; i++) {
+        const T from = tile.row(r)[i], got = to.row(r)[i];
+        wrong += std::isnan(from) ? !std::isnan(got) : got != (is_empty(from) ? from : from * T(0.25));
+      }
+    check("rescale", double(wrong), 0);
+  }
+
   void check_logistic() {
     const Buffer<T> bias = allocate_filled<T>(lanes_ + kMaxTile, T(0.5)),
                     zero = allocate_filled<T>(kMaxTile, T(0));
@@ -155,6 +171,7 @@ template <class T>
 void check_case(int64_t rows, int64_t lanes, double range) {
   Case<T> one(rows, lanes, range);
   one.check_log_sums();
+  one.check_rescale();
   one.check_logistic();
   one.check_selection();
 }

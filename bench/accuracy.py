@@ -31,7 +31,10 @@ OWN = {
     "simclr": ("--batch-size=128", "--lr=3e-3", "--temperature=0.2"),
     "moco": ("--batch-size=128", "--lr=3e-3", "--queue-size=4096", "--momentum=0.99"),
     "mochi": ("--queue-size=4096", "--momentum=0.99", "--mix-from-epoch=3"),
-    "byol": ("--batch-size=64", "--lr=4e-3", "--momentum=0.98", "--dim=128", "--hidden=512"),
+    "byol": (
+        *("--epochs=14", "--batch-size=64", "--lr=8e-3", "--dim=128", "--hidden=512"),
+        *("--momentum=0.9", "--momentum-end=0.99", "--final-norm"),
+    ),
     "simsiam": ("--dim=512", "--hidden=128"),
     "vicreg": ("--dim=512", "--hidden=512"),
     "barlow-twins": ("--dim=512", "--hidden=512"),
@@ -58,7 +61,7 @@ OWN = {
     ),
     "pcl": ("--queue-size=4096", "--momentum=0.99", "--clusters=100,200,400", "--cluster-from-epoch=3"),
     "hcsc": ("--queue-size=4096", "--momentum=0.99", "--clusters=400,200,100", "--cluster-from-epoch=3"),
-    "deepcluster": ("--clusters=200",),
+    "deepcluster": ("--epochs=14", "--batch-size=64", "--lr=4e-3", "--dim=32", "--clusters=100"),
     "kcl": ("--queue-size=4096", "--momentum=0.99"),
     "tsc": ("--queue-size=4096", "--momentum=0.99", "--centres-from-epoch=3", "--centre-weight=0.1"),
 }

@@ -4,14 +4,16 @@ Every case by fastcl, by plain PyTorch, by the same compiled and by the packages
 milliseconds of the loss and its gradients, peak memory beyond the inputs, the gradients' distance from those
 of float32, the share of the matrix rate measured in the same run, the time as a CUDA graph, and the host's.
 What fails is written down and stops nothing; what there is no time for is named. FOLDER receives gpu.json
-after every row, and at the end gpu.md and gpu.png.
+and gpu.md after every row, and at the end, also when it is told to end, gpu.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -247,15 +249,18 @@ def main() -> None:
     for dtype in _DTYPES:
         edge = 256 if chosen.device == "cpu" else 8192
         rates[str(dtype).removeprefix("torch.")] = matrix_teraflops(dtype, chosen.device, edge)
-    for case, side, make in runs(chosen.device):
-        late = time.monotonic() > end
-        found["rows"].append(
-            asdict(Row(case.name, side, failed="no time") if late else row(case, side, make, rates))
-        )
-        (chosen.folder / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
-        print(found["rows"][-1], flush=True)
-    (chosen.folder / "gpu.md").write_text(markdown(found))
-    draw(found, chosen.folder / "gpu.png")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("out of time"))
+    try:
+        for case, side, make in runs(chosen.device):
+            late = time.monotonic() > end
+            found["rows"].append(
+                asdict(Row(case.name, side, failed="no time") if late else row(case, side, make, rates))
+            )
+            (chosen.folder / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
+            (chosen.folder / "gpu.md").write_text(markdown(found))
+            print(found["rows"][-1], flush=True)
+    finally:
+        draw(found, chosen.folder / "gpu.png")
 
 
 if __name__ == "__main__":

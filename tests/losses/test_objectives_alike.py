@@ -1,5 +1,6 @@
 """What every objective has in common: its signature, dtypes, autocast, meta tensors, scalars as tensors."""
 
+import contextlib
 import importlib
 import inspect
 from pathlib import Path
@@ -13,7 +14,8 @@ from fastcl import testing
 
 for _path in sorted(Path(__file__).parent.glob("test_*.py")):
     if _path.stem != Path(__file__).stem:
-        importlib.import_module(_path.stem)  # each registers its own
+        with contextlib.suppress(pytest.skip.Exception):
+            importlib.import_module(_path.stem)  # each registers its own
 
 SIGNATURES = {name: made.signature for name, made in OBJECTIVES.items() if made.signature} | {
     "DecoupledLoss": "temperature=0.1, *, within_views=True, sigma=None",

@@ -55,9 +55,17 @@ int attribute(cudaDeviceAttr which, int index) {
   return value;
 }
 
+// The runtime is linked in, and need not be torch's. A driver serves all runtimes of its major version.
+bool driver_is_too_old() {
+  constexpr int kMajor = 1000;
+  int driver = 0;
+  return cudaDriverGetVersion(&driver) != cudaSuccess || driver / kMajor < CUDART_VERSION / kMajor;
+}
+
 }  // namespace
 
 DeviceLimits device_limits(int index) {
+  if (driver_is_too_old()) return {{}, "the driver is older than the CUDA that the kernels were built with"};
   if (attribute(cudaDevAttrComputeCapabilityMajor, index) < 8)
     return {{}, "the GPU's compute capability is below 8.0"};
   if (!attribute(cudaDevAttrCooperativeLaunch, index)) return {{}, "the GPU has no cooperative launch"};

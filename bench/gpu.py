@@ -33,6 +33,8 @@ from bench.timing import rounds_within, seconds
 # products of the whole similarity matrix that a loss and its gradients cannot do without
 FLOOR_PRODUCTS = {"nt_xent": 2, "sup_con": 2, "clip_loss": 4, "info_nce": 4, "siglip_loss": 3, "moco": 2}
 _SECONDS, _PLAIN_BYTES = 0.5, 24 << 30  # per row; above them a matrix of all pairs is not made
+_LONG = 0.5  # seconds: such a step has no launches to hide
+_MOST_PAIRS = 1 << 36  # of the dtypes after the first
 
 CASES = (
     Case("nt_xent", 256, 128),
@@ -93,7 +95,9 @@ def measure(case: Case, side: str, function: Callable[..., Tensor], matrix_rate:
         side,
         ms=1e3 * median,
         quartiles=(1e3 * low, 1e3 * high),
-        graph_ms=_graph_ms(case, function, arguments) if on_gpu and side == FASTCL else None,
+        graph_ms=_graph_ms(case, function, arguments)
+        if on_gpu and side == FASTCL and median < _LONG
+        else None,
         host_us=_host_us(case, function, arguments) if side == FASTCL else None,
         peak_mib=peak if on_gpu else None,
         gradient_error=error,
@@ -140,9 +144,9 @@ def _work(case: Case, function: Callable[..., Tensor], arguments: tuple[Any, ...
 
 
 def _host_us(case: Case, function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> float:
-    run = _work(case, function, arguments)
-    times = []
-    for _ in range(20):
+    run, end = _work(case, function, arguments), time.monotonic() + _SECONDS
+    times: list[float] = []
+    while len(times) < 20 and (time.monotonic() < end or not times):
         _synchronized(lambda: None, case.device)()
         times.append(seconds(run))
     return 1e6 * statistics.median(times)
@@ -156,7 +160,7 @@ def _graph_ms(case: Case, function: Callable[..., Tensor], arguments: tuple[Any,
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
             run()
-    except RuntimeError:
+    except Exception:  # of whatever kind: it must not cost the row
         torch.cuda.synchronize()
         return None
     return 1e3 * _times(_synchronized(graph.replay, case.device))[1]
@@ -180,6 +184,8 @@ def runs(device: str) -> Iterator[tuple[Case, str, Callable[[], Callable[..., Te
             case = replace(listed, device=device, dtype=dtype)
             if device == "cpu":
                 case = replace(case, rows=min(case.rows, 64), keys=min(case.keys, 2048))
+            if dtype != _DTYPES[0] and listed.pairs > _MOST_PAIRS:
+                continue
             for side, make in sides_of(case).items():
                 if (side == COMPILE) == by_compiler:
                     yield case, side, make
@@ -192,7 +198,10 @@ def row(
     try:
         return measure(case, side, make(), matrix_rates[str(case.dtype).removeprefix("torch.")])
     except Exception as error:
-        return Row(case.name, side, failed=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        failed = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if case.device != "cpu":
+        torch.cuda.empty_cache()  # after a matrix that did not fit
+    return Row(case.name, side, failed=failed)
 
 
 def markdown(found: dict[str, Any]) -> str:

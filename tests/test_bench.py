@@ -168,6 +168,21 @@ def test_a_first_measurement_on_a_gpu_is_rehearsed_without_one(
         assert failed is None or "No module named" in failed
 
 
+def test_the_longest_case_takes_no_more_of_the_gpu_than_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes = [case.dtype for case, _, _ in gpu.runs("cuda") if case.rows == 1 << 19]
+    assert dtypes == [torch.bfloat16]
+    calls = []
+
+    def loss(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
+        calls.append(temperature)
+        return (first * second).sum()
+
+    case = Case("nt_xent", 8, 16)
+    monkeypatch.setattr(gpu, "_SECONDS", 0.0)
+    assert gpu._host_us(case, loss, case.arguments()) > 0
+    assert len(calls) == 1
+
+
 def test_what_a_row_of_the_gpu_lacks_is_said() -> None:
     def broken(*_: object, **__: object) -> torch.Tensor:
         raise RuntimeError("out of\nmemory")

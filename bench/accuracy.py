@@ -108,11 +108,12 @@ def run(command: Sequence[str], out: Path, metrics: Path) -> None:
 def report() -> None:
     """The table and the picture of all runs in :data:`RESULTS`."""
     runs = read(RESULTS)
-    text = ["| method, seed | knn_top1 untrained | trained | gain | bound |", "|---|--:|--:|--:|--:|"]
+    text = ["| method, seed | epochs | knn_top1 untrained | trained | gain | bound |", "|---|" + 5 * "--:|"]
     for name, rows in runs.items():
         before, after = (float(rows[place]["knn_top1"]) for place in (0, -1))
         bound = BOUNDS.get(name.rpartition("-")[0], OTHERS_BOUND)
-        text.append(f"| {name} | {before:.3f} | {after:.3f} | {after - before:+.3f} | {bound:.2f} |")
+        epochs, gain = rows[-1]["epoch"], f"{after - before:+.3f}"
+        text.append(f"| {name} | {epochs} | {before:.3f} | {after:.3f} | {gain} | {bound:.2f} |")
     table = "\n".join(text) + "\n"
     print(table)
     example = command("METHOD", 0, Path("FOLDER"), Path("OUT"))

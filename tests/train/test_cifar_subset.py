@@ -19,7 +19,7 @@ def test_a_command_has_options_that_its_method_takes(method: str, tmp_path: Path
     assert (fastcl, train, name) == ("fastcl", "train", method)
     recipe = METHODS[method]
     settings = recipe.settings(**{**recipe.defaults("small"), **parse(method, options)})
-    assert (settings.epochs, settings.seed, settings.out) == (8, 3, tmp_path)
+    assert (settings.limit, settings.arch, settings.seed, settings.out) == (12000, "resnet8", 3, tmp_path)
 
 
 def test_the_long_tails_table_has_the_thirds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,8 +39,8 @@ def test_the_table_has_what_training_gained(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "moco-v3-1.csv").write_text("epoch,knn_top1\n0,0.25\n1,0.2\n")
     accuracy.report()
     lines = (tmp_path / "README.md").read_text().splitlines()
-    assert "| byol-0 | 0.250 | 0.375 | +0.125 | 0.10 |" in lines
-    assert "| moco-v3-1 | 0.250 | 0.200 | -0.050 | 0.05 |" in lines
+    assert "| byol-0 | 2 | 0.250 | 0.375 | +0.125 | 0.10 |" in lines
+    assert "| moco-v3-1 | 1 | 0.250 | 0.200 | -0.050 | 0.05 |" in lines
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

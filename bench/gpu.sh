@@ -35,14 +35,14 @@ python3 -c "$packages" >"$("$python" -c 'import sysconfig; print(sysconfig.get_p
 workers=()
 if "$python" -c "import xdist" 2>/dev/null; then workers=(-n 8); fi
 step 150 build env FASTCL_BUILD=auto "$python" -m pip install --quiet --no-deps --no-index --no-build-isolation -e .
-step 15 config "$python" -m fastcl.cli info
+step 15 config "$python" -c "import fastcl; fastcl.show_config()"
 if compgen -G ".whl/*.whl" >/dev/null; then step 15 rivals "$python" -m pip install --quiet --no-deps --no-index .whl/*.whl; fi
 FASTCL_TEST_DEVICE=$device step 170 tests "$python" -m pytest "${workers[@]}" --continue-on-collection-errors \
   tests/losses tests/memory tests/similarity/test_stats.py tests/similarity/test_topk.py tests/ops/test_ops.py \
   tests/backends/test_triton.py tests/backends/test_cuda.py
 step 160 bench "$python" -m bench.gpu "$out" --device "$device" --seconds 120
-FASTCL_TEST_DEVICE=$device step 30 memcheck compute-sanitizer --tool memcheck --error-exitcode 1 "$python" -m pytest \
-  -p no:cacheprovider tests/losses/test_losses.py -k "triton and test_shapes and 64 and not 252"
+FASTCL_TEST_DEVICE=$device step 45 memcheck compute-sanitizer --tool memcheck --error-exitcode 1 "$python" -m pytest \
+  -p no:cacheprovider tests/losses/test_losses.py -k "triton and negative_temperature and (nt_xent or clip_loss)"
 
 printf '%s\n' "${summary[@]}"
 [[ "${summary[*]}" != *FAILED* ]]

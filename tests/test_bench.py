@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -181,6 +185,25 @@ def test_the_longest_case_takes_no_more_of_the_gpu_than_it_must(monkeypatch: pyt
     monkeypatch.setattr(gpu, "_SECONDS", 0.0)
     assert gpu._host_us(case, loss, case.arguments()) > 0
     assert len(calls) == 1
+
+
+def test_the_script_for_a_gpu_selects_tests() -> None:
+    pytest.importorskip("triton")
+    script = Path(gpu.__file__).with_suffix(".sh").read_text()
+    selected = re.findall(r'(tests/\S+) -k "(.*)"', script)
+    for path, expression in selected:
+        command = [sys.executable, "-m", "pytest", "--collect-only", path, "-k", expression]
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        found = subprocess.run(
+            command,
+            cwd=Path(__file__).parents[1],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert found.stdout.count("[triton-") + found.stdout.count("-triton") >= 2
+    assert len(selected) == 1
 
 
 def test_what_a_row_of_the_gpu_lacks_is_said() -> None:

@@ -27,13 +27,15 @@ BUILD = os.environ.get("FASTCL_BUILD", "auto")
 KERNELS, BFLOAT16_KERNELS = "csrc/cpu/simd/kernels.cpp", "csrc/cpu/simd/bfloat16.cpp"
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # gcc 12 and 13 warn of their own intrinsics
+# with exceptions an object exports more than its table, of which the linker keeps any level's
+BFLOAT16_FLAGS = [*AVX512_FLAGS, "-mavx512bf16", "-fno-exceptions", *QUIET]
 INSTRUCTION_SETS = {
     "x86_64": {
         "generic": (KERNELS, []),
         "avx2": (KERNELS, ["-mavx2", "-mfma", "-mf16c"]),
         "avx512": (KERNELS, AVX512_FLAGS),
-        "avx512_bf16": (BFLOAT16_KERNELS, [*AVX512_FLAGS, "-mavx512bf16", *QUIET]),
-        "amx": (BFLOAT16_KERNELS, [*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", *QUIET]),
+        "avx512_bf16": (BFLOAT16_KERNELS, BFLOAT16_FLAGS),
+        "amx": (BFLOAT16_KERNELS, [*BFLOAT16_FLAGS, "-mamx-tile", "-mamx-bf16"]),
     },
     "aarch64": {"generic": (KERNELS, []), "neon": (KERNELS, ["-DFASTCL_NEON"])},
 }

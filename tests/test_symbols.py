@@ -11,7 +11,12 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     ("kernels", "generic", "x86_64", []),
     ("kernels", "avx512", "x86_64", ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]),
-    ("bfloat16", "amx", "x86_64", ["-mavx512f", "-mavx512vl", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]),
+    (
+        "bfloat16",
+        "amx",
+        "x86_64",
+        ["-mavx512f", "-mavx512vl", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-fno-exceptions"],
+    ),
     ("kernels", "neon", "aarch64", ["-DFASTCL_NEON"]),
 ]
 

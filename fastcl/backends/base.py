@@ -31,6 +31,10 @@ class Request:
     mochi: Mochi | None = None  # where MoCHi's loss is
 
     @classmethod
+    def of_problem(cls, problem: Problem) -> Request:
+        return cls(problem.query.device, problem.query.dtype, problem.has_simple_rule())
+
+    @classmethod
     def of_loss(cls, args: WholeLoss) -> Request:
         return cls(args.query.device, args.query.dtype, args.simple_rule, args)
 

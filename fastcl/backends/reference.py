@@ -107,23 +107,22 @@ def stats(problem: Problem) -> tuple[Tensor, Tensor]:
     with without_autocast(problem.query.device):
         pair_logits = logits(problem)
         negative, positive = pair_masks(problem)
-        rows = _pack(pair_logits, negative, positive)
-        if problem.second_scale:
-            again = masked_logsumexp(problem.second_scale * pair_logits, negative)
-            rows = torch.stack(Statistics._make(rows)._replace(lse_pos=again))
+        second = problem.second_scale
+        rows = _pack(pair_logits, negative, positive, second)
         if not problem.columns:
             return rows, rows.new_empty(STATISTICS, 0)
-        return rows, _pack(pair_logits.T, negative.T, positive.T)
+        return rows, _pack(pair_logits.T, negative.T, positive.T, second)
 
 
-def _pack(pair_logits: Tensor, negative: Tensor, positive: Tensor) -> Tensor:
+def _pack(pair_logits: Tensor, negative: Tensor, positive: Tensor, second: float) -> Tensor:
+    again = masked_logsumexp(second * pair_logits, negative) if second else None
     masked = pair_logits.detach().masked_fill(~negative, -torch.inf)
     # the extra column makes the maximum defined without keys
     max_neg = torch.nn.functional.pad(masked, (0, 1), value=-torch.inf).amax(dim=1)
     return torch.stack(
         Statistics(
             lse_neg=masked_logsumexp(pair_logits, negative),
-            lse_pos=masked_logsumexp(pair_logits, positive),
+            lse_pos=masked_logsumexp(pair_logits, positive) if again is None else again,
             pos_sum=pair_logits.masked_fill(~positive, 0.0).sum(dim=1),
             pos_count=positive.sum(dim=1).to(pair_logits.dtype),
             max_neg=max_neg,

@@ -25,7 +25,7 @@ from fastcl.similarity.problem import Problem, TopK
 
 def statistics(problem: Problem, columns: bool = False, backend: str = "auto") -> Measured:
     """Statistics of a problem, differentiable; a symmetric one's columns are its rows."""
-    chosen = choose(Request.of(problem.query, simple_rule=problem.has_simple_rule()), backend)
+    chosen = choose(Request.of_problem(problem), backend)
     if chosen.name == reference.BACKEND.name:
         rows, packed_columns = reference.stats(problem)
     else:
@@ -37,14 +37,9 @@ def statistics(problem: Problem, columns: bool = False, backend: str = "auto") -
     return Measured(unpack(rows), unpack(rows if problem.symmetric else packed_columns))
 
 
-def lse_at_two_scales(problem: Problem, second: float) -> tuple[Tensor, Tensor]:
-    """``lse_neg`` (N,) of a problem without positives, and that of ``second`` times its logits."""
-    chosen = choose(Request.of(problem.query, simple_rule=problem.has_simple_rule()))
-    if second and chosen.two_scales:  # 0 would say that there is none
-        rows = statistics(problem._replace(second_scale=second)).rows
-        return rows.lse_neg, rows.lse_pos
-    rescaled = problem._replace(scale=problem.scale * second)
-    return statistics(problem).rows.lse_neg, statistics(rescaled).rows.lse_neg
+def serves_two_scales(problem: Problem) -> bool:
+    """Whether :func:`statistics` of such a problem may have a ``second_scale``."""
+    return choose(Request.of_problem(problem)).two_scales
 
 
 def _frozen_keys(problem: Problem) -> bool:

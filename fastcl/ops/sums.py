@@ -107,7 +107,7 @@ def logistic_total_gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor 
 
 def logistic(problem: Problem, bias: Tensor, backend: str = "auto") -> Tensor:
     """Sums (2, N) of softplus over negatives and positives, differentiable."""
-    chosen = choose(Request.of(problem.query, simple_rule=problem.has_simple_rule()), backend)
+    chosen = choose(Request.of_problem(problem), backend)
     if chosen.name == reference.BACKEND.name:
         return reference.logistic(problem, bias)
     sums: Tensor = torch.ops.fastcl.logistic(*problem, bias, chosen.name)
@@ -116,7 +116,7 @@ def logistic(problem: Problem, bias: Tensor, backend: str = "auto") -> Tensor:
 
 def logistic_total(problem: Problem, bias: Tensor, reduction: str) -> Tensor:
     """The 'mean' or 'sum' over the rows of both of :func:`logistic`'s sums, differentiable."""
-    chosen = choose(Request.of(problem.query, simple_rule=problem.has_simple_rule()))
+    chosen = choose(Request.of_problem(problem))
     arguments = (*problem, bias, reduction == "mean", chosen.name)
     needs = needs_of(_logistic_inputs(arguments)) if torch.is_grad_enabled() else 0
     if chosen.logistic_total is None or not needs:  # the sums alone need no weights

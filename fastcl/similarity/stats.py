@@ -204,9 +204,6 @@ def lse_at_two_scales(
     if abs(first) < abs(second):
         of_second, of_first = lse_at_two_scales(x, scale, (second, first), rule, group, ring)
         return of_first, of_second
-    if group is not None:
-        stats = partial(similarity_stats, x, x, rule=rule, group=group, ring=ring)
-        return stats(scale=scale * first).lse_neg, stats(scale=scale * second).lse_neg
     problem = Problem(
         x,
         x,
@@ -214,5 +211,10 @@ def lse_at_two_scales(
         **rule.fields(),
         symmetric=rule.is_symmetric(),
         precision=matmul_precision_level(),
+        second_scale=second / first,
     )
-    return calls.lse_at_two_scales(problem, second / first)
+    if group is None and problem.second_scale and calls.serves_two_scales(problem):
+        rows, _ = calls.statistics(problem)
+        return rows.lse_neg, rows.lse_pos
+    stats = partial(similarity_stats, x, x, rule=rule, group=group, ring=ring)
+    return stats(scale=scale * first).lse_neg, stats(scale=scale * second).lse_neg

@@ -7,12 +7,14 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+import objective_checks
 import pytest
 import test_logistic
 import test_sinkhorn
 import test_soft_targets
 import test_stats
 import test_topk
+import test_two_scales
 import torch
 import torch.nn.functional as F
 from grids import pairwise
@@ -104,6 +106,12 @@ def test_sums_that_are_no_statistics(shape, dtype, level):
     torch.testing.assert_close(
         fastcl.sinkhorn(query, key, temperature=0.5).double(), exact, rtol=0, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_at_two_scales(dtype, levels):
+    functions, (x, scale) = test_two_scales.functions((2.0, 1.0)), test_two_scales.inputs_of(400, 33)
+    objective_checks.check(*functions, [x, scale], dtype, each=levels)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 127, 128, 129])

@@ -56,19 +56,6 @@ def test_is_within_the_budget(factors, dtype):
     check(*functions(factors), [x.to(dtype), scale.float()], dtype, each=every_backend())
 
 
-@pytest.mark.parametrize("level", native.ISA_LEVELS)
-def test_on_every_instruction_set(level):
-    if native.missing_reason() or native.ISA_LEVELS.index(level) > native.isa_levels()[0]:
-        pytest.skip(f"this machine has no {level}")
-    before = native.ISA_LEVELS[native.isa_levels()[1]]
-    native.force_isa(level)
-    try:
-        for dtype in (torch.float32, torch.bfloat16):
-            check(*functions((2.0, 1.0)), [inputs_of(400, 33)[0].to(dtype), torch.tensor(4.0)], dtype)
-    finally:
-        native.force_isa(before)
-
-
 @pytest.mark.parametrize("factors", FACTORS, ids=str)
 def test_rows_without_negatives(backend, factors):
     x, scale = inputs_of(2, 3)
@@ -91,9 +78,10 @@ def test_graphs_and_derivatives():
     check_derivatives(*functions((2.0, 1.0)), inputs)
 
 
+@pytest.mark.parametrize("name", ["cpu", "reference"])
 @pytest.mark.parametrize("rows_too", [False, True])
-def test_the_op(rows_too):
-    if native.missing_reason():
+def test_the_op(rows_too, name):
+    if name == "cpu" and native.missing_reason():
         pytest.skip("the native extension is not built")
     x, key = rows((6, 4), (7, 4))
     scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
@@ -111,10 +99,11 @@ def test_the_op(rows_too):
         symmetric=rows_too,
         second_scale=0.5,
     )
-    opcheck(torch.ops.fastcl.stats_forward.default, (*problem, False, "cpu"))
+    if name == "cpu":
+        opcheck(torch.ops.fastcl.stats_forward.default, (*problem, False, name))
     rows_, columns = (
         None if found is None else torch.stack([found.lse_neg, found.lse_pos])
-        for found in calls.statistics(problem, columns=True, backend="cpu")
+        for found in calls.statistics(problem, columns=True, backend=name)
     )
     logits = (scale * x @ key.T).masked_fill(ids[0][:, None] == ids[1], -torch.inf)
     for found, pairs in ((rows_, logits), (columns, logits.T)):

@@ -149,16 +149,17 @@ template <class T>
 PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, const SideWeights<T>& columns,
                       Wanted wanted, const KeptTiles<T>& kept) {
   const SideWeights<T>& row_weights = problem.symmetric ? rows : columns;
-  auto weigh_negatives = [](Tile<T> tile, Weight<T> lane, Weight<T> row) {
-    row.max ? kernels<T>().both_weights(tile, lane, row) : kernels<T>().lane_weights(tile, lane);
-  };
   auto weigh = [&](const Plan::Task&, Tile<T> tile, Tile<T> positive, int64_t begin, int64_t key_begin) {
     const Kernels<T>& k = kernels<T>();
+    auto softmax = [&](Tile<T> logits, auto weight) {
+      if (row_weights)
+        k.both_weights(logits, (rows.*weight)(begin), (row_weights.*weight)(key_begin));
+      else
+        k.lane_weights(logits, (rows.*weight)(begin));
+    };
     if (problem.second_scale) {
-      weigh_negatives(tile, rows.negative(begin),
-                      row_weights ? row_weights.negative(key_begin) : Weight<T>{});
-      weigh_negatives(positive, rows.positive(begin),
-                      row_weights ? row_weights.positive(key_begin) : Weight<T>{});
+      softmax(tile, &SideWeights<T>::negative);
+      softmax(positive, &SideWeights<T>::positive);
       for (int64_t r = 0; r < tile.rows; r++)
         k.add_scaled(tile.row(r), positive.row(r), problem.second_scale, tile.lanes);
     } else if (positive.s) {
@@ -166,8 +167,7 @@ PairSums<T> pair_sums(const Problem<T>& problem, const SideWeights<T>& rows, con
       const auto row_pair = row_weights ? row_weights.pair(key_begin) : lane_pair;
       k.pair_weights(tile, positive, &lane_pair, row_weights ? &row_pair : nullptr);
     } else {
-      weigh_negatives(tile, rows.negative(begin),
-                      row_weights ? row_weights.negative(key_begin) : Weight<T>{});
+      softmax(tile, &SideWeights<T>::negative);
     }
   };
   return weighted_sums<T>(problem, weigh, wanted, kept);

@@ -12,15 +12,18 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -61,27 +64,38 @@ class Row(NamedTuple):
 
 def compile_for(target: str, names: Sequence[str], only: Container[str] | None = None) -> list[Row]:
     """Compile what calls would launch on ``target``, each form once; all kernels or ``only`` those named."""
-    tiles.architecture = lambda device: target  # type: ignore[assignment]
-    launch.input_precision = lambda device: input_precision(target)
-    launch.launch = lambda *args, **options: launched.append((*args, options))
-    launch.matmul = lambda a, b: a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
     launched: list[tuple[Any, ...]] = []
+
+    def multiplied(a: Tensor, b: Tensor) -> Tensor:
+        return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
+
     compile_as_on(target)
     rows: dict[Any, Row] = {}
-    for call in (call for call in kernel_calls.calls() if call.name in names):
-        launched.clear()
-        call.run()
-        for kernel, grid, *args, options in launched:
-            form = form_of(kernel, args, options)
-            if form not in rows and (only is None or kernel.fn.__name__ in only):
-                compiled = kernel.warmup(*args, grid=grid, **options)
-                rows[form] = _row(target, call, kernel, options, compiled)
+    with stood_in(target, lambda *args, **options: launched.append((*args, options)), multiplied):
+        for call in (call for call in kernel_calls.calls() if call.name in names):
+            launched.clear()
+            call.run()
+            for kernel, grid, *args, options in launched:
+                form = form_of(kernel, args, options)
+                if form not in rows and (only is None or kernel.fn.__name__ in only):
+                    compiled = kernel.warmup(*args, grid=grid, **options)
+                    rows[form] = _row(target, call, kernel, options, compiled)
     return list(rows.values())
 
 
-def input_precision(target: str) -> str:
-    """How float32 products are formed on ``target``."""
-    return "ieee" if target.startswith("gfx") else "tf32x3"
+@contextmanager
+def stood_in(
+    target: str, launched: Callable[..., None], multiplied: Callable[[Tensor, Tensor], Tensor]
+) -> Iterator[None]:
+    """The kernels' host code takes this for ``target``; what it launches and multiplies goes to these."""
+    precision = "ieee" if target.startswith("gfx") else "tf32x3"  # of float32 products
+    with (
+        patch.object(launch, "launch", launched),
+        patch.object(launch, "matmul", multiplied),
+        patch.object(launch, "input_precision", lambda device: precision),
+        patch.object(tiles, "architecture", lambda device: target),
+    ):
+        yield
 
 
 def compile_as_on(target: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from math import ceil, prod
 from typing import Any, NamedTuple
@@ -24,7 +24,6 @@ from bench import aot
 from bench.cases import LOSSES, Case, step_of
 from bench.machine_code import Code
 from fastcl.backends.registry import BACKENDS
-from fastcl.kernels import launch, tiles
 from fastcl.kernels.device.tile import Side
 from fastcl.ops import schema
 
@@ -98,15 +97,7 @@ def _stood_in(target: str, found: Counter[Work], code_of: CodeOf) -> Iterator[No
         return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
 
     willing = replace(BACKENDS["triton"], missing=lambda: None, unsupported_reasons=lambda request: [])
-    with ExitStack() as stack:
-        stack.enter_context(patch.dict(BACKENDS, {"triton": willing}))
-        for module, name, function in (
-            (launch, "launch", launched),
-            (launch, "matmul", multiplied),
-            (launch, "input_precision", lambda device: aot.input_precision(target)),
-            (tiles, "architecture", lambda device: target),
-        ):
-            stack.enter_context(patch.object(module, name, function))
+    with patch.dict(BACKENDS, {"triton": willing}), aot.stood_in(target, launched, multiplied):
         yield
 
 

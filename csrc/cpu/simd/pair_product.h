@@ -9,7 +9,7 @@ namespace fastcl::cpu {
 namespace {
 
 // A sum is formed in blocks of so many pairs. Every block's sum passes through memory, which costs as much as
-// the product of 128 pairs; rounding to bfloat16 or to two parts outweighs what longer sums lose.
+// the product of about 100 pairs; rounding to bfloat16 or to two parts outweighs what longer sums lose.
 constexpr int64_t kPairBlock = 512;
 
 // c (rows, columns) is the sum of the terms' a (rows, depth) b (depth, columns): added to what c holds or,

@@ -94,7 +94,7 @@ def threads():
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(65, 63, 64), (700, 1500, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(65, 63, 64), (700, 1500, 40), (65, 5000, 16)], ids=str)
 def test_the_same_bits_for_any_number_of_threads(dtype, shape, threads):
     case = testing.make_case("random", shape)
     factor = torch.tensor(0.1, dtype=torch.float64)
@@ -153,14 +153,14 @@ def test_nt_xent_row_for_row_at_4096():
 
 
 @pytest.mark.skipif(native.missing_reason() is not None, reason="needs the native extension")
-@pytest.mark.parametrize("rows", [1665, 2240])
+@pytest.mark.parametrize(("rows", "count"), [(1665, 5000), (2240, 5000), (70, 5000), (300, 40_000)])
 @pytest.mark.parametrize("loss", ["info_nce", "prototype_nce"])
-def test_keys_of_more_weights_than_are_kept_at_a_time(loss, rows):
-    """Weights of 5,000 keys are kept for 1,664 queries: the others come in a smaller chunk."""
+def test_keys_whose_weights_are_kept(loss, rows, count):
+    """In strips of queries, all at a time, and, of 40,000 keys, for 192 queries and then for the rest."""
     query, positive, keys = (
         testing.make_case("random", (rows, rows, 4), seed=1).query,
         testing.make_case("random", (rows, rows, 4), seed=2).query,
-        testing.make_case("random", (5000, 5000, 4), seed=3).query,
+        testing.make_case("random", (count, count, 4), seed=3).query,
     )
     assigned = torch.arange(rows) * 2
 

@@ -1,15 +1,19 @@
 #include "cpu/losses/attend.h"
 
 #include "cpu/run/pair_rule.h"
+#include "cpu/run/plan.h"
 #include "cpu/run/products.h"
 
 namespace fastcl::cpu {
 
 namespace {
 
-constexpr int64_t kKeyRows = 192;                  // keys per tile
-constexpr int64_t kKeptBytes = int64_t{32} << 20;  // of weights
-constexpr int64_t kMinChunk = 64;                  // queries whose weights are kept at a time
+constexpr int64_t kKeyRows = 192;                   // keys per tile
+constexpr int64_t kKeptBytes = int64_t{32} << 20;   // of weights
+constexpr int64_t kMinChunk = 64;                   // queries whose weights are kept at a time
+constexpr int64_t kManyStrips = 16;                 // keep as many threads busy
+constexpr int64_t kMinStrip = 64, kMaxStrip = 128;  // queries
+constexpr int64_t kStripBytes = int64_t{8} << 20;   // of a strip's weights
 
 int64_t block_of(int64_t queries) { return even_block(queries, kMaxBlock); }
 
@@ -73,20 +77,48 @@ class Attention {
                 const Emit& emit) {
     for_each_task(ceil_div(problem_.key.count, kKeyRows), [&](int64_t t, Scratch& scratch) {
       const auto products = make_products(problem_, kKeyRows, kept.block, scratch);
-      T* const scaled = scratch.take<T>(kQuerySlot, kept.block);
       const int64_t key_begin = t * kKeyRows, rows = std::min(kKeyRows, problem_.key.count - key_begin);
       T* const sum = sums(key_begin, rows, scratch);
       for (int64_t b = 0; b < kept.blocks; b++) {
-        const int64_t begin = first + b * kept.block, lanes = std::min(kept.block, first + count - begin);
-        const T *max = result_.rows.negative(begin).max, *before = kept.max(key_begin, b);
-        for (int64_t i = 0; i < lanes; i++)
-          scaled[i] = factors[begin + i] * factor_between(before[i], max[i]);
-        products->set_lanes(begin, lanes);
-        products->scale_lanes(scaled);
-        products->add_to_rows({kept.tile(key_begin, b), kept.block, rows, lanes}, sum);
+        const int64_t begin = first + b * kept.block;
+        const Block block{begin, std::min(kept.block, first + count - begin), kept.block, b, 0};
+        add_block(*products, block, kept, {key_begin, rows}, factors, sum, scratch);
       }
       emit(key_begin, rows, sum);
     });
+  }
+
+  // Both sweeps of a block of queries one after the other, by one thread, its weights in a strip that stays
+  // in the cache. The strips take turns in adding to the sums of a tile of keys.
+  void attend_in_strips(int64_t lanes, const RowFactor<T>& factor, T* factors, const Partials<T>& sums) {
+    const int64_t queries = problem_.query.count, keys = problem_.key.count;
+    const int64_t tiles = ceil_div(keys, kKeyRows);
+    Turns turns(tiles);
+    for_each_task(ceil_div(queries, lanes), turns.guarded([&](int64_t b, Scratch& scratch) {
+      const int64_t begin = b * lanes;
+      const Block block{begin, std::min(lanes, queries - begin), lanes, 0, 0};
+      const KeptWeights<T> kept(lanes, keys);
+      attend_block(block, 0, tiles, &kept, result_.rows.negative(begin), result_.query.row(0, begin),
+                   scratch);
+      set_factors(begin, block.lanes, factor, factors);
+      const auto products = make_products(problem_, kKeyRows, lanes, scratch);
+      for (int64_t t = 0; t < tiles; t++) {
+        const int64_t key_begin = t * kKeyRows, rows = std::min(kKeyRows, keys - key_begin);
+        turns.take(t, b, [&] {
+          T* const sum = sums.row(0, key_begin);
+          if (b == 0) std::fill_n(sum, rows * width_, T(0));
+          add_block(*products, block, kept, {key_begin, rows}, factors, sum, scratch);
+        });
+      }
+    }));
+  }
+
+  // What multiplies the weights of `count` queries from `first` on, once their sums are known.
+  void set_factors(int64_t first, int64_t count, const RowFactor<T>& factor, T* factors) const {
+    for (int64_t i = first; i < first + count; i++) {
+      const LogSum<T> entry = result_.rows.negative(i);
+      factors[i] = factor(i, *entry.max, entry.total());
+    }
   }
 
   Attended<T>& result() { return result_; }
@@ -101,6 +133,22 @@ class Attention {
   static T factor_between(T before, T now) {
     if (before == now) return 1;
     return is_empty(before) ? T(0) : std::exp2(before - now);
+  }
+
+  struct Keys {
+    int64_t begin, rows;
+  };
+
+  // sum += the kept weights of a block of queries and a tile of keys times `factors` times the queries.
+  void add_block(Products<T>& products, Block block, const KeptWeights<T>& kept, Keys keys, const T* factors,
+                 T* sum, Scratch& scratch) const {
+    T* const scaled = scratch.take<T>(kQuerySlot, block.stride);
+    const T *max = result_.rows.negative(block.begin).max, *before = kept.max(keys.begin, block.index);
+    for (int64_t i = 0; i < block.lanes; i++)
+      scaled[i] = factors[block.begin + i] * factor_between(before[i], max[i]);
+    products.set_lanes(block.begin, block.lanes);
+    products.scale_lanes(scaled);
+    products.add_to_rows({kept.tile(keys.begin, block.index), block.stride, keys.rows, block.lanes}, sum);
   }
 
   void attend_block(Block block, int64_t first_tile, int64_t last_tile, const KeptWeights<T>* kept,
@@ -175,23 +223,42 @@ bool weights_fit(const Problem<T>& problem) {
   return chunk_of(problem) > 0;
 }
 
+// Queries of a strip; 0 where strips would keep fewer threads busy than parts of the keys do, or are too
+// large.
+template <class T>
+int64_t strip_of(const Problem<T>& problem) {
+  const int64_t queries = problem.query.count, keys = problem.key.count;
+  const int64_t lanes = even_block(queries, std::clamp(queries / kManyStrips, kMinStrip, kMaxStrip));
+  const int64_t parts = ceil_div(queries, block_of(queries)) * parts_of_keys(queries, keys);
+  const bool busy = ceil_div(queries, lanes) >= std::min(parts, kManyStrips);
+  return busy && lanes * keys * static_cast<int64_t>(sizeof(T)) <= kStripBytes ? lanes : 0;
+}
+
 template <class T>
 Attended<T> attend_with_keys(const Problem<T>& problem, const RowFactor<T>& factor, const KeySums<T>& emit) {
-  const int64_t queries = problem.query.count, chunk = chunk_of(problem);
+  const int64_t queries = problem.query.count, keys = problem.key.count;
+  const int64_t strip = strip_of(problem), chunk = chunk_of(problem);
   Attention<T> attention(problem);
   const Buffer<T> factors = allocate<T>(queries);
   const int64_t width = attention.width();
-  Partials<T> all;  // of the keys, where it takes several chunks
-  if (chunk < queries) all = make_partials<T>(1, problem.key.count, width);
+  Partials<T> all;  // of the keys, unless they are summed in one go
+  if (strip || chunk < queries) all = make_partials<T>(1, keys, width);
+  auto emit_rows = [&](int64_t begin, int64_t rows, T* sum) {
+    for (int64_t r = 0; r < rows; r++) emit(begin + r, sum + r * width);
+  };
+  if (strip) {
+    attention.attend_in_strips(strip, factor, factors.get(), all);
+    for_each_range(keys, kKeyRows, [&](int64_t begin, int64_t end, Scratch&) {
+      emit_rows(begin, end - begin, all.row(0, begin));
+    });
+    return std::move(attention.result());
+  }
   for (int64_t first = 0; first < queries; first += chunk) {
     const int64_t count = std::min(chunk, queries - first);
-    const KeptWeights<T> kept(count, problem.key.count);
+    const KeptWeights<T> kept(count, keys);
     attention.attend(first, count, &kept);
     for_each_range(count, kMinChunk, [&](int64_t begin, int64_t end, Scratch&) {
-      for (int64_t i = first + begin; i < first + end; i++) {
-        const LogSum<T> entry = attention.result().rows.negative(i);
-        factors[i] = factor(i, *entry.max, entry.total());
-      }
+      attention.set_factors(first + begin, end - begin, factor, factors.get());
     });
     auto sums = [&](int64_t key_begin, int64_t rows, Scratch& scratch) {
       T* const sum = all ? all.row(0, key_begin) : scratch.take<T>(kSumSlot, kKeyRows * width);
@@ -199,8 +266,7 @@ Attended<T> attend_with_keys(const Problem<T>& problem, const RowFactor<T>& fact
       return sum;
     };
     attention.sum_keys(first, count, kept, factors.get(), sums, [&](int64_t key, int64_t rows, T* sum) {
-      if (first + count < queries) return;
-      for (int64_t r = 0; r < rows; r++) emit(key + r, sum + r * width);
+      if (first + count == queries) emit_rows(key, rows, sum);
     });
   }
   return std::move(attention.result());

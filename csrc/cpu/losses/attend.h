@@ -18,9 +18,10 @@ struct Attended {
 template <class T>
 Attended<T> attend(const Problem<T>& problem, Selector<T>* selector = nullptr);
 
-// The same with the keys' gradient: three products. Keeps the weights of as many queries at a time as fit
-// into a bounded amount of memory; `weights_fit` says whether that is reasonable. factor(i, max, sum): what
-// multiplies row i's weights for the keys' sums.
+// The same with the keys' gradient: three products. Keeps weights from the first sweep over the keys for the
+// second: of a strip of queries for each thread, or, where those would be few or large, of as many queries at
+// a time as fit into a bounded amount of memory; `weights_fit` says whether that is reasonable. factor(i,
+// max, sum): what multiplies row i's weights for the keys' sums.
 template <class T>
 using RowFactor = std::function<T(int64_t, T, T)>;
 // sums(j, sum) receives sum_i factor_i exp2(l_ij - max_i) x_i, padded to whole vectors, to do with as it

@@ -27,10 +27,6 @@ class TileWalk {
     tile_.stride = block;
     if (has_positives(problem)) positives_ = scratch.take<T>(kPositiveSlot, block * block);
     products_ = make_products(problem, block, block, scratch);
-    constexpr int kArrays = PositiveSums<T>::kArrays;
-    T* const sums = scratch.take<T>(kSumSlot, kArrays * block);
-    std::fill_n(sums, kArrays * block, T(0));
-    unused_ = PositiveSums<T>::over(sums, block);
   }
 
   // body(tile, positive, query_begin, key_begin) for each tile, without memory of `positive` where it holds
@@ -48,10 +44,7 @@ class TileWalk {
         const int64_t key_begin = j * key.block;
         tile_.rows = std::min(key.block, key.count - key_begin);
         products_->set_rows(key_begin, tile_.rows);
-        T* const kept = kept_.tile(i, j);
-        tile_.s = kept && !positives_ ? kept : spare_;
-        if (tile_.s == spare_ || !made_)
-          make_logits(kept, begin, key_begin, lane, plan_.symmetric && i == j ? nullptr : row);
+        make_logits(kept_.tile(i, j), begin, key_begin, lane, plan_.symmetric && i == j ? nullptr : row);
         body(tile_, positive_, begin, key_begin);
       }
     }
@@ -60,20 +53,25 @@ class TileWalk {
   Products<T>& products() { return *products_; }
 
  private:
-  // What is kept of a problem with positives are the logits of all pairs: the rule is applied to a copy.
+  // What is kept are the logits of all pairs that are not excluded; positives are separated in other memory.
   void make_logits(T* kept, int64_t begin, int64_t key_begin, const State<T>* lane, const State<T>* row) {
     const Problem<T>& p = problem_;
-    Tile<T> all = tile_;
-    if (kept) all.s = kept;
-    if (!kept || !made_) products_->logits(all);
-    if (all.s != tile_.s) std::copy_n(all.s, all.rows * all.stride, tile_.s);
-    exclude_pairs(p, tile_, begin, key_begin, scratch_);
+    tile_.s = kept ? kept : spare_;
+    if (!kept || !made_) {
+      products_->logits(tile_);
+      exclude_pairs(p, tile_, begin, key_begin, scratch_);
+    }
     if (!has_positives(p)) return;
     positive_ = tile_;
     positive_.s = positives_;
     if (p.second_scale) return kernels<T>().rescale(positive_, tile_, p.second_scale);
-    if (!split_pairs(p, tile_, positive_, begin, key_begin, lane ? lane->positive_sums(begin) : unused_,
-                     row ? row->positive_sums(key_begin) : unused_, scratch_))
+    Tile<T> negative = tile_;
+    negative.s = spare_;
+    if (split_pairs(p, tile_, {negative, positive_}, begin, key_begin,
+                    lane ? lane->positive_sums(begin) : PositiveSums<T>{},
+                    row ? row->positive_sums(key_begin) : PositiveSums<T>{}, scratch_))
+      tile_ = negative;
+    else
       positive_.s = nullptr;
   }
 
@@ -86,7 +84,6 @@ class TileWalk {
   std::unique_ptr<Products<T>> products_;
   Tile<T> tile_, positive_ = {};
   T *spare_, *positives_ = nullptr;
-  PositiveSums<T> unused_;
 };
 
 }  // namespace fastcl::cpu

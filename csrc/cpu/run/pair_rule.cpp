@@ -158,24 +158,24 @@ void exclude_pairs(const Problem<T>& problem, Tile<T> tile, int64_t query_begin,
 }
 
 template <class T>
-bool split_pairs(const Problem<T>& problem, Tile<T> tile, Tile<T> positive, int64_t query_begin,
-                 int64_t key_begin, PositiveSums<T> lane, PositiveSums<T> row, Scratch& scratch) {
+bool split_pairs(const Problem<T>& problem, Tile<T> tile, Split<T> to, int64_t query_begin, int64_t key_begin,
+                 PositiveSums<T> lane, PositiveSums<T> row, Scratch& scratch) {
   const Kernels<T>& k = kernels<T>();
   if (problem.positive.row) {
     const Ids ids{problem.positive.row + key_begin, problem.positive.lane + query_begin};
     if (!may_meet(ids, tile.rows, tile.lanes)) return false;
-    k.split(tile, positive, ids, lane, row);
+    k.split(tile, to, ids, lane, row);
     return true;
   }
   Members members(tile, query_begin, key_begin, scratch.take<uint8_t>(kRuleSlot, tile.rows * tile.stride));
   members.add(problem.rule->positive);
-  k.split_members(tile, positive, members.table(), lane, row);
+  k.split_members(tile, to, members.table(), lane, row);
   return true;
 }
 
-#define FASTCL_INSTANTIATE(T)                                                                          \
-  template void exclude_pairs<T>(const Problem<T>&, Tile<T>, int64_t, int64_t, Scratch&);              \
-  template bool split_pairs<T>(const Problem<T>&, Tile<T>, Tile<T>, int64_t, int64_t, PositiveSums<T>, \
+#define FASTCL_INSTANTIATE(T)                                                                           \
+  template void exclude_pairs<T>(const Problem<T>&, Tile<T>, int64_t, int64_t, Scratch&);               \
+  template bool split_pairs<T>(const Problem<T>&, Tile<T>, Split<T>, int64_t, int64_t, PositiveSums<T>, \
                                PositiveSums<T>, Scratch&);
 FASTCL_INSTANTIATE(float)
 FASTCL_INSTANTIATE(double)

@@ -40,9 +40,9 @@ bool has_positives(const Problem<T>& problem) {
 template <class T>
 void exclude_pairs(const Problem<T>& problem, Tile<T> tile, int64_t query_begin, int64_t key_begin,
                    Scratch& scratch);
-// Moves the positives, as Kernels::split; false if there are none, with `positive` as it was.
+// As Kernels::split; false if there are no positives, with both tiles as they were.
 template <class T>
-bool split_pairs(const Problem<T>& problem, Tile<T> tile, Tile<T> positive, int64_t query_begin,
-                 int64_t key_begin, PositiveSums<T> lane, PositiveSums<T> row, Scratch& scratch);
+bool split_pairs(const Problem<T>& problem, Tile<T> tile, Split<T> to, int64_t query_begin, int64_t key_begin,
+                 PositiveSums<T> lane, PositiveSums<T> row, Scratch& scratch);
 
 }  // namespace fastcl::cpu

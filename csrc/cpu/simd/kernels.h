@@ -55,8 +55,8 @@ struct LogSum {
 template <class T>
 struct PositiveSums {
   static constexpr int kArrays = 3;
-  Sum<T> sum;
-  T* count;
+  Sum<T> sum = {};
+  T* count = nullptr;
 
   // One array after the other, each of `stride` entries.
   static FASTCL_ALWAYS_INLINE PositiveSums over(T* memory, int64_t stride) {
@@ -79,6 +79,12 @@ struct Tile {
   int64_t lanes;  // real lanes; the kernels work on whole vectors and ignore the rest
 
   FASTCL_ALWAYS_INLINE T* row(int64_t r) const { return s + r * stride; }
+};
+
+// Where the pairs of a tile go, which strides as they do; `negative` may be the tile itself.
+template <class T>
+struct Split {
+  Tile<T> negative, positive;
 };
 
 // Positive pairs of a tile, told by their ids.
@@ -123,11 +129,12 @@ struct Kernels {
   // The pairs of equal ids, or of different ones.
   void (*exclude)(Tile<T> tile, Ids ids);
   void (*exclude_different)(Tile<T> tile, Ids ids);
-  // Moves positives to `positive` (excluded elsewhere there) and adds their sums and counts.
-  void (*split)(Tile<T> tile, Tile<T> positive, Ids ids, PositiveSums<T> lane, PositiveSums<T> row);
+  // Each pair's logit goes to one of the two tiles, the other excludes the pair; adds the positives' sums and
+  // counts (null: not).
+  void (*split)(Tile<T> tile, Split<T> to, Ids ids, PositiveSums<T> lane, PositiveSums<T> row);
 
   // The same, positives told by a byte each, which stride as the tile.
-  void (*split_members)(Tile<T> tile, Tile<T> positive, const uint8_t* members, PositiveSums<T> lane,
+  void (*split_members)(Tile<T> tile, Split<T> to, const uint8_t* members, PositiveSums<T> lane,
                         PositiveSums<T> row);
 
   void (*lane_max)(Tile<T> tile, T* max);

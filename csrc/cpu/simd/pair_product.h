@@ -8,9 +8,13 @@
 namespace fastcl::cpu {
 namespace {
 
-// A sum is formed in blocks of so many pairs. Every block's sum passes through memory, which costs as much as
-// the product of about 100 pairs; rounding to bfloat16 or to two parts outweighs what longer sums lose.
+// A sum is formed in blocks of so many pairs: its error grows with a block and the number of blocks. A block's
+// sum of tiles passes through memory, which costs as much as the product of about 100 pairs.
+#if defined(__AMX_BF16__)
 constexpr int64_t kPairBlock = 512;
+#else
+constexpr int64_t kPairBlock = 64;
+#endif
 
 // c (rows, columns) is the sum of the terms' a (rows, depth) b (depth, columns): added to what c holds or,
 // with factors, c = sum * (row factor * column factor) * scale + offset of the row (null: 0).

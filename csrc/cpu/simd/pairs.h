@@ -6,25 +6,36 @@
 namespace fastcl::cpu {
 namespace {
 
-// Calls body(row) for the rows whose id lies in the range of the lanes' ids: most tiles have none.
-template <class T, class Body>
-void for_rows_in_range(Tile<T> tile, Ids ids, Body body) {
-  int64_t low = ids.lane[0], high = ids.lane[0];
-  for (int64_t i = 1; i < tile.lanes; i++) {
-    low = ids.lane[i] < low ? ids.lane[i] : low;
-    high = ids.lane[i] > high ? ids.lane[i] : high;
+// Of the lanes' ids: most tiles have no row whose id lies in it.
+struct IdRange {
+  int64_t low, high;
+
+  bool contains(int64_t id) const { return id >= low && id <= high; }
+  // Whether the differences from the lowest do.
+  template <class Code>
+  bool fits() const {
+    const uint64_t width = static_cast<uint64_t>(high) - static_cast<uint64_t>(low);
+    return width >> (8 * sizeof(Code) - 1) == 0;
   }
-  for (int64_t r = 0; r < tile.rows; r++)
-    if (ids.row[r] >= low && ids.row[r] <= high) body(r);
+};
+IdRange range_of(const int64_t* ids, int64_t count) {
+  IdRange range{ids[0], ids[0]};
+  for (int64_t i = 1; i < count; i++) {
+    range.low = ids[i] < range.low ? ids[i] : range.low;
+    range.high = ids[i] > range.high ? ids[i] : range.high;
+  }
+  return range;
 }
 
 template <class T>
 void exclude(Tile<T> tile, Ids ids) {
-  for_rows_in_range(tile, ids, [&](int64_t r) {
+  const IdRange range = range_of(ids.lane, tile.lanes);
+  for (int64_t r = 0; r < tile.rows; r++) {
     T* s = tile.row(r);
     const int64_t id = ids.row[r];
+    if (!range.contains(id)) continue;
     for (int64_t i = 0; i < tile.lanes; i++) s[i] = ids.lane[i] == id ? excluded_logit<T> : s[i];
-  });
+  }
 }
 
 template <class T>
@@ -36,13 +47,11 @@ void exclude_different(Tile<T> tile, Ids ids) {
   }
 }
 
-// for_rows(body) calls body(row) for the rows that may have positives; is_positive(row, lane) tells them.
-template <class T, class ForRows, class IsPositive>
-void split_rows(Tile<T> tile, Tile<T> positive, PositiveSums<T> lane, PositiveSums<T> row, ForRows for_rows,
+// may_have(row) tells the rows that may have positives; is_positive(row, lane) their pairs.
+template <class T, class MayHave, class IsPositive>
+void split_rows(Tile<T> tile, Split<T> to, PositiveSums<T> lane, PositiveSums<T> row, MayHave may_have,
                 IsPositive is_positive) {
   const int64_t padded = vectors_of(tile) * kLanes<T>;
-  for (int64_t r = 0; r < tile.rows; r++)
-    for (int64_t i = 0; i < padded; i += kLanes<T>) store(positive.row(r) + i, empty_vector<T>());
   alignas(64) T lane_sum[kMaxTile];
   int64_t summed = 0;
   auto flush = [&] {
@@ -52,16 +61,27 @@ void split_rows(Tile<T> tile, Tile<T> positive, PositiveSums<T> lane, PositiveSu
     summed = 0;
   };
   flush();
-  for_rows([&](int64_t r) {
-    T *s = tile.row(r), *p = positive.row(r);
-    for (int64_t i = 0; i < tile.lanes; i++) {
-      const bool moved = is_positive(r, i) && !is_empty(s[i]);
-      p[i] = moved ? s[i] : excluded_logit<T>;
-      s[i] = moved ? excluded_logit<T> : s[i];
+  for (int64_t r = 0; r < tile.rows; r++) {
+    const T* const s = tile.row(r);
+    T *const negative = to.negative.row(r), *const positive = to.positive.row(r);
+    if (!may_have(r)) {
+      for (int64_t i = 0; i < padded; i += kLanes<T>) {
+        store(negative + i, load(s + i));
+        store(positive + i, empty_vector<T>());
+      }
+      continue;
     }
+#pragma GCC ivdep  // `negative` may be s itself
+    for (int64_t i = 0; i < padded; i++) {
+      const T logit = s[i];
+      const bool moved = is_positive(r, i);
+      positive[i] = moved ? logit : excluded_logit<T>;
+      negative[i] = moved ? excluded_logit<T> : logit;
+    }
+    if (!lane.count) continue;
     Vec<T> sum = {}, count = {};
     for (int64_t i = 0; i < padded; i += kLanes<T>) {
-      const Vec<T> value = load(p + i), zero = {};
+      const Vec<T> value = load(positive + i), zero = {};
       const auto counts = value > excluded_logit<T> / 2 || value != value;
       const Vec<T> counted = counts ? value : zero, one = counts ? splat(T(1)) : zero;
       store(lane_sum + i, load(lane_sum + i) + counted);
@@ -69,28 +89,37 @@ void split_rows(Tile<T> tile, Tile<T> positive, PositiveSums<T> lane, PositiveSu
       sum += counted;
       count += one;
     }
-    add(row.sum + r, horizontal_sum<T>(sum), T(1));
-    row.count[r] += horizontal_sum<T>(count);
+    if (row.count) {
+      add(row.sum + r, horizontal_sum<T>(sum), T(1));
+      row.count[r] += horizontal_sum<T>(count);
+    }
     if (++summed == kSumRows) flush();
-  });
+  }
   flush();
 }
 
 template <class T>
-void split(Tile<T> tile, Tile<T> positive, Ids ids, PositiveSums<T> lane, PositiveSums<T> row) {
-  split_rows(
-      tile, positive, lane, row, [&](const auto& body) { for_rows_in_range(tile, ids, body); },
-      [&](int64_t r, int64_t i) { return ids.lane[i] == ids.row[r]; });
+void split(Tile<T> tile, Split<T> to, Ids ids, PositiveSums<T> lane, PositiveSums<T> row) {
+  // Ids less the lowest of the lanes', narrow where they fit: as many of them to a vector as of logits.
+  using Code = Index<T>;
+  alignas(64) Code code[kMaxTile] = {};
+  const IdRange range = range_of(ids.lane, tile.lanes);
+  auto may_have = [&](int64_t r) { return range.contains(ids.row[r]); };
+  if (range.fits<Code>()) {
+    for (int64_t i = 0; i < tile.lanes; i++) code[i] = static_cast<Code>(ids.lane[i] - range.low);
+    split_rows(tile, to, lane, row, may_have,
+               [&](int64_t r, int64_t i) { return code[i] == static_cast<Code>(ids.row[r] - range.low); });
+  } else {
+    split_rows(tile, to, lane, row, may_have,
+               [&](int64_t r, int64_t i) { return i < tile.lanes && ids.lane[i] == ids.row[r]; });
+  }
 }
 
 template <class T>
-void split_members(Tile<T> tile, Tile<T> positive, const uint8_t* members, PositiveSums<T> lane,
+void split_members(Tile<T> tile, Split<T> to, const uint8_t* members, PositiveSums<T> lane,
                    PositiveSums<T> row) {
   split_rows(
-      tile, positive, lane, row,
-      [&](const auto& body) {
-        for (int64_t r = 0; r < tile.rows; r++) body(r);
-      },
+      tile, to, lane, row, [](int64_t) { return true; },
       [&](int64_t r, int64_t i) { return members[r * tile.stride + i] != 0; });
 }
 

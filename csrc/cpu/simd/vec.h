@@ -64,11 +64,14 @@ inline T horizontal_max(Vec<T> v) {
   return best;
 }
 
+// As wide as T.
+template <class T>
+using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
 // Transposes a square, by swapping ever larger blocks across its diagonal.
 template <class T>
 inline void transpose(Vec<T> (&square)[kLanes<T>]) {
-  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  typedef Index Indices __attribute__((vector_size(kVectorBytes)));
+  typedef Index<T> Indices __attribute__((vector_size(kVectorBytes)));
   constexpr int kSide = kLanes<T>;
 #pragma GCC unroll 4
   for (int half = 1; half < kSide; half *= 2) {

@@ -8,8 +8,8 @@
 namespace fastcl::cpu {
 namespace {
 
-// A sum is formed in blocks of so many pairs: its error grows with a block and the number of blocks. A block's
-// sum of tiles passes through memory, which costs as much as the product of about 100 pairs.
+// A sum is formed in blocks of so many pairs: its error grows with a block and the number of blocks. A
+// block's sum of tiles passes through memory, which costs as much as the product of about 100 pairs.
 #if defined(__AMX_BF16__)
 constexpr int64_t kPairBlock = 512;
 #else

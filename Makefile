@@ -30,7 +30,7 @@ test: $(VENV)/.installed
 
 QUICK_TESTS = losses memory test_contract.py test_errors.py test_layout.py test_mirrors.py
 quick: lint
-	$(BIN)/python -m pytest -n auto -k "not compil and not one_graph" $(QUICK_TESTS:%=tests/%)
+	$(BIN)/python -m pytest -n auto -k "not compil and not one_graph and not ranks" $(QUICK_TESTS:%=tests/%)
 
 TRITON_TESTS = losses/test_losses.py losses/test_degenerate.py losses/test_mochi.py losses/test_decoupled.py \
 	losses/test_hard_negative.py memory/test_queue.py similarity/test_stats.py similarity/test_topk.py \

@@ -13,7 +13,7 @@ namespace fastcl::cpu {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kPooled = size_t{80} << 20;  // all that the pool may hold
+constexpr size_t kPooled = size_t{96} << 20;  // all that the pool may hold
 
 struct Header {
   size_t bytes;

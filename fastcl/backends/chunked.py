@@ -22,6 +22,7 @@ from fastcl.similarity.fields import (
     STATE,
     STATISTICS,
     TOTALS,
+    PositiveSums,
     Statistics,
     empty_state,
     merge_positive_sums,
@@ -240,10 +241,10 @@ def merge_states(a: Tensor, b: Tensor) -> Tensor:
 
 
 def statistics(state: Tensor, positive_sums: Tensor) -> Tensor:
-    """Statistics (STATISTICS, N) from a state (STATE, N) and the positives' sum and count (2, N)."""
+    """Statistics (STATISTICS, N) from a state (STATE, N) and the POSITIVE_SUMS (RUNNING - STATE, N)."""
     lse_neg, lse_pos = (state[MAXIMA] + state[TOTALS].log2()) * LN2
-    pos_sum, pos_count = positive_sums
-    return torch.stack(Statistics(lse_neg, lse_pos, pos_sum, pos_count, max_neg=state[NEG_MAX] * LN2))
+    sums = PositiveSums(*positive_sums)
+    return torch.stack(Statistics(lse_neg, lse_pos, *sums, max_neg=state[NEG_MAX] * LN2))
 
 
 def topk(args: TopK) -> tuple[Tensor, Tensor]:
@@ -357,7 +358,7 @@ def _tile_state(logits2: Tensor, negative: Tensor, positive: Tensor) -> Tensor:
 
 def _positive_sums(logits2: Tensor, positive: Tensor) -> Tensor:
     total = logits2.masked_fill(~positive, 0.0).sum(dim=1) * LN2
-    return torch.stack([total, positive.sum(dim=1).to(logits2.dtype)])
+    return torch.stack(PositiveSums(total, positive.sum(dim=1).to(logits2.dtype)))
 
 
 def _weights(logits2: Tensor, mask: Tensor, maximum_and_total: Tensor) -> Tensor:

@@ -115,18 +115,21 @@ def stats(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _pack(pair_logits: Tensor, negative: Tensor, positive: Tensor, second: float) -> Tensor:
-    again = masked_logsumexp(second * pair_logits, negative) if second else None
-    masked = pair_logits.detach().masked_fill(~negative, -torch.inf)
-    # the extra column makes the maximum defined without keys
-    max_neg = torch.nn.functional.pad(masked, (0, 1), value=-torch.inf).amax(dim=1)
-    return torch.stack(
-        Statistics(
-            lse_neg=masked_logsumexp(pair_logits, negative),
-            lse_pos=masked_logsumexp(pair_logits, positive) if again is None else again,
-            pos_sum=pair_logits.masked_fill(~positive, 0.0).sum(dim=1),
-            pos_count=positive.sum(dim=1).to(pair_logits.dtype),
-            max_neg=max_neg,
-        )
+    found = dense_statistics(pair_logits, negative, positive)
+    again = masked_logsumexp(second * pair_logits, negative) if second else found.lse_pos
+    return torch.stack(found._replace(lse_pos=again))
+
+
+def dense_statistics(logits: Tensor, negative: Tensor, positive: Tensor) -> Statistics:
+    """Of each row of the logits (N, M), by masks of its pairs."""
+    masked = logits.detach().masked_fill(~negative, -torch.inf)
+    return Statistics(
+        lse_neg=masked_logsumexp(logits, negative),
+        lse_pos=masked_logsumexp(logits, positive),
+        pos_sum=logits.masked_fill(~positive, 0.0).sum(dim=1),
+        pos_count=positive.sum(dim=1).to(logits.dtype),
+        # the extra column makes the maximum defined without keys
+        max_neg=torch.nn.functional.pad(masked, (0, 1), value=-torch.inf).amax(dim=1),
     )
 
 

@@ -23,15 +23,14 @@ from fastcl.similarity.fields import (
     NEG_MAX,
     NEGATIVE_STATE,
     OF_NEGATIVES,
-    POS_COUNT,
     POS_SUM,
+    POSITIVE_SUMS,
     RUNNING,
     STATE,
     STATISTICS,
     TOTALS,
     nothing_seen,
 )
-from fastcl.similarity.numerics import LOG2E
 from fastcl.similarity.problem import Needs, PairGradients, Prepared, Problem, input_gradients, wanted_pairs
 
 _CHUNK_ELEMENTS = 1 << 25
@@ -238,8 +237,7 @@ def _as_partial(statistics: Tensor, state: Tensor, fields: int) -> Tensor:
     """A merge's result as one partial of another."""
     if fields == NEGATIVE_STATE:
         return state[None, OF_NEGATIVES]
-    sums = torch.stack([statistics[POS_SUM] * LOG2E, statistics[POS_COUNT]])
-    return torch.cat([state, sums])[None]
+    return torch.cat([state, statistics[POSITIVE_SUMS]])[None]
 
 
 def wide_gradients(

@@ -9,13 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastcl.backends.reference import dense_statistics
 from fastcl.distributed.gather import check_group, row_counts
 from fastcl.distributed.stats import group_stats
 from fastcl.ops import calls
 from fastcl.similarity import forms
 from fastcl.similarity.checks import check_matrix, check_same, check_vector, in_one_dtype, scalar
 from fastcl.similarity.fields import Statistics, merge
-from fastcl.similarity.numerics import logaddexp, masked_logsumexp, matmul_precision_level
+from fastcl.similarity.numerics import matmul_precision_level
 from fastcl.similarity.problem import Problem
 from fastcl.similarity.rules import ALL_NEGATIVE, PairRule, check_rule
 
@@ -69,7 +70,7 @@ class SimilarityStats:
         """
         if self.columns is not None:
             raise ValueError("logits cannot be joined to statistics with columns: they belong to no key")
-        fields = self._of_rows()._asdict()
+        fields = self._of_rows()
         for name, logits in (("negatives", negatives), ("positives", positives)):
             if logits is None:
                 continue
@@ -81,16 +82,9 @@ class SimilarityStats:
                 )
             logits = logits.to(self.lse_neg.dtype)
             given = logits != -torch.inf
-            lse = masked_logsumexp(logits, given)
-            if name == "negatives":
-                fields["lse_neg"] = logaddexp(self.lse_neg, lse)
-                largest = torch.nn.functional.pad(logits.detach(), (0, 1), value=-torch.inf).amax(dim=1)
-                fields["max_neg"] = torch.maximum(self.max_neg, largest)
-                continue
-            fields["lse_pos"] = logaddexp(self.lse_pos, lse)
-            fields["pos_sum"] = self.pos_sum + logits.masked_fill(~given, 0.0).sum(dim=1)
-            fields["pos_count"] = self.pos_count + given.sum(dim=1).to(self.pos_count.dtype)
-        return SimilarityStats(**fields)
+            sets = (given, given & False) if name == "negatives" else (given & False, given)
+            fields = merge(fields, dense_statistics(logits, *sets))
+        return SimilarityStats(*fields)
 
     def any_positive(self) -> Tensor:
         """``softplus(lse_neg - lse_pos)``: that any positive is picked; 0 without positives. (N,)."""

@@ -33,16 +33,9 @@ class SoftPartial(NamedTuple):
     distance: Tensor  # sum of exp2(target logit - target_max) (view_max - logit)
 
 
-LSE_NEG = tl.constexpr(fields.LSE_NEG)
-LSE_POS = tl.constexpr(fields.LSE_POS)
-POS_SUM = tl.constexpr(fields.POS_SUM)
-POS_COUNT = tl.constexpr(fields.POS_COUNT)
-MAX_NEG = tl.constexpr(fields.MAX_NEG)
-
 NEG_MAX = tl.constexpr(fields.NEG_MAX)
 NEG_TOTAL = tl.constexpr(fields.NEG_TOTAL)
 POS_MAX = tl.constexpr(fields.POS_MAX)
-POS_TOTAL = tl.constexpr(fields.POS_TOTAL)
 NEGATIVE_STATE = tl.constexpr(fields.NEGATIVE_STATE)
 
 # of partial statistics: the state, then the positives' sum and count

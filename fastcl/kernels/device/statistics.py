@@ -6,18 +6,12 @@ import triton
 import triton.language as tl
 
 from fastcl.kernels.device.layout import (
-    LSE_NEG,
-    LSE_POS,
-    MAX_NEG,
     NEG_MAX,
     NEG_TOTAL,
     NEGATIVE_STATE,
     PARTIAL_COUNT,
     PARTIAL_SUM,
-    POS_COUNT,
     POS_MAX,
-    POS_SUM,
-    POS_TOTAL,
     RUNNING,
 )
 from fastcl.kernels.device.tile import (
@@ -83,14 +77,12 @@ def statistics(
             tl.store(target, column_max, mask=inside)
             tl.store(target + NEG_TOTAL * other.count, column_sum, mask=inside)
     fields = RUNNING if own.positive is not None else NEGATIVE_STATE
-    target = partials + split.to(tl.int64) * fields * own.count + rows
-    tl.store(target, max_neg, mask=rows < own.count)
-    tl.store(target + NEG_TOTAL * own.count, sum_neg, mask=rows < own.count)
-    if own.positive is not None:
-        tl.store(target + POS_MAX * own.count, max_pos, mask=rows < own.count)
-        tl.store(target + POS_TOTAL * own.count, sum_pos, mask=rows < own.count)
-        tl.store(target + PARTIAL_SUM * own.count, pos_sum, mask=rows < own.count)
-        tl.store(target + PARTIAL_COUNT * own.count, pos_count, mask=rows < own.count)
+    target = partials + split.to(tl.int64) * fields * own.count
+    if own.positive is None:
+        store_fields(target, (max_neg, sum_neg), rows, own.count)
+    else:
+        found = (max_neg, sum_neg, max_pos, sum_pos, pos_sum * LN2, pos_count)
+        store_fields(target, found, rows, own.count)
 
 
 @triton.jit
@@ -160,12 +152,13 @@ def merge(
             pos_sum += tl.load(source, mask=inside, other=0.0)
             pos_count += tl.load(source + (PARTIAL_COUNT - PARTIAL_SUM) * count, mask=inside, other=0.0)
             source += partials.per_slot * count
-    tl.store(state + rows, maximum, mask=inside)
-    tl.store(state + NEG_TOTAL * count + rows, total, mask=inside)
-    tl.store(state + POS_MAX * count + rows, max_pos, mask=inside)
-    tl.store(state + POS_TOTAL * count + rows, sum_pos, mask=inside)
-    tl.store(statistics + LSE_NEG * count + rows, log_sum(maximum, total), mask=inside)
-    tl.store(statistics + LSE_POS * count + rows, log_sum(max_pos, sum_pos), mask=inside)
-    tl.store(statistics + POS_SUM * count + rows, pos_sum * LN2, mask=inside)
-    tl.store(statistics + POS_COUNT * count + rows, pos_count, mask=inside)
-    tl.store(statistics + MAX_NEG * count + rows, maximum * LN2, mask=inside)
+    store_fields(state, (maximum, total, max_pos, sum_pos), rows, count)
+    lse_neg, lse_pos = log_sum(maximum, total), log_sum(max_pos, sum_pos)
+    store_fields(statistics, (lse_neg, lse_pos, pos_sum, pos_count, maximum * LN2), rows, count)
+
+
+@triton.jit
+def store_fields(target, values, rows, count):
+    """Values of rows as a packed tensor's fields, in their order."""
+    for field in tl.static_range(len(values)):
+        tl.store(target + field * count + rows, values[field], mask=rows < count)

@@ -9,7 +9,7 @@ namespace fastcl::cpu {
 namespace {
 
 constexpr int64_t kMaxKeptBytes = int64_t{72} << 20;  // all tiles of 4,096 by 4,096 pairs
-constexpr int64_t kMinKeptShare = 8;  // at least one tile in so many, or none
+constexpr int64_t kMinKeptShare = 8;                  // at least one tile in so many, or none
 
 template <class T>
 State<T> merge_parts(std::vector<State<T>> parts, int64_t count) {

@@ -32,7 +32,7 @@ OWN = {
     "moco": ("--batch-size=128", "--lr=3e-3", "--queue-size=4096", "--momentum=0.99"),
     "mochi": ("--queue-size=4096", "--momentum=0.99", "--mix-from-epoch=3"),
     "byol": (
-        *("--epochs=14", "--batch-size=64", "--lr=8e-3", "--dim=128", "--hidden=512"),
+        *("--epochs=16", "--batch-size=64", "--lr=5e-3", "--dim=128", "--hidden=512", "--crop-min=0.5"),
         *("--momentum=0.9", "--momentum-end=0.99", "--final-norm"),
     ),
     "simsiam": ("--dim=512", "--hidden=128"),

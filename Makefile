@@ -35,8 +35,9 @@ quick: lint
 TRITON_TESTS = losses/test_losses.py losses/test_degenerate.py losses/test_mochi.py losses/test_decoupled.py \
 	losses/test_hard_negative.py memory/test_queue.py similarity/test_stats.py similarity/test_topk.py \
 	similarity/test_logistic.py similarity/test_soft_targets.py similarity/test_sinkhorn.py ops/test_ops.py backends/test_triton.py
+# NumPy makes the interpreter's products: by a kernel that rounds an element alike wherever in a tile it is, as GPUs do
 triton: $(VENV)/.installed
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(TRITON_TESTS:%=tests/%)
+	TRITON_INTERPRET=1 OPENBLAS_CORETYPE=Prescott $(BIN)/python -m pytest -n auto $(TRITON_TESTS:%=tests/%)
 	$(BIN)/python -W ignore -m bench.aot -k "bfloat16 D=128"
 
 docs: $(VENV)/.installed

@@ -96,11 +96,11 @@ def prototype_nce(
         key_bias=bias,
         key_scale=key_scale,
     ).lse_neg
-    own_scale = (scale if key_scale is None else key_scale[assigned]).to(dtype)
-    own = unit_rows(prototypes[assigned], normalize)
+    own_scale = (scale if key_scale is None else key_scale.index_select(0, assigned)).to(dtype)
+    own = unit_rows(prototypes.index_select(0, assigned), normalize)
     logit = own_scale * row_dot(unit_rows(query, normalize), own)
     if bias is not None:
-        logit = logit + bias[assigned]
+        logit = logit + bias.index_select(0, assigned)
     return reduce(softplus(lse_neg - logit), reduction)
 
 

@@ -23,6 +23,8 @@ from fastcl.similarity.numerics import row_dot, unit_rows, without_autocast
 from fastcl.similarity.rules import PairRule, check_ids
 from fastcl.similarity.topk import similarity_topk
 
+_ROUNDING = 8  # of a similarity of unit rows, in units of its dtype's precision
+
 
 def triplet_loss(
     anchor: Tensor,
@@ -72,7 +74,10 @@ def triplet_loss(
             keys = gather_rows(keys, counts, group)
             key_ids = gather_rows(ids, counts, group) if negative_keys is None else ids
         rule = PairRule() if negative_keys is not None else PairRule(exclude=(ids, key_ids))
-        below = row_dot(x, y).detach() if mining == "semi_hard" else None
+        # a key as far as the positive is not farther by what products are rounded
+        below = (
+            row_dot(x, y).detach() - _ROUNDING * torch.finfo(x.dtype).eps if mining == "semi_hard" else None
+        )
         _, nearest = similarity_topk(x, keys, 1, rule=rule, below=below)
         losses = (_distance(x, y) - _distance_to(x, keys, nearest[:, 0]) + margin).clamp_min(0)
         return reduce(losses.where(nearest[:, 0] >= 0, 0.0), reduction, group)
@@ -155,4 +160,4 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
 def _distance_to(rows: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:
     """Squared distances to the chosen keys; where -1 was chosen, to a row of zeros."""
     padded = torch.cat([keys, keys.new_zeros(1, keys.shape[1])])
-    return _distance(rows, padded[chosen.where(chosen >= 0, keys.shape[0])])
+    return _distance(rows, padded.index_select(0, chosen.where(chosen >= 0, keys.shape[0])))

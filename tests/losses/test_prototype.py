@@ -184,3 +184,50 @@ def test_a_kernel_reads_no_row_that_is_not_there():
     for assigned in (torch.tensor([0, 1, 2]), torch.tensor([0, -1, 1])):
         with pytest.raises(IndexError, match="assigned"):
             torch.ops.fastcl.one_positive(query, None, prototypes, scale, assigned, None, *flags)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_the_same_bits_for_any_number_of_threads(extra, reduction, threads):
+    query, prototypes = torch.randn(1500, 200), torch.randn(5, 200)
+    assigned = torch.arange(1500) % 5
+    options = {"reduction": reduction}
+    if "temperature" in extra:
+        options["temperature"] = torch.full((5,) if "temperatures" in extra else (), 0.2)
+    if "bias" in extra:
+        options["bias"] = torch.linspace(0, 1, 5)
+
+    def gradient(count):
+        threads(count)
+        leaf = prototypes.clone().requires_grad_()
+        fastcl.prototype_nce(query, leaf, assigned, **options).sum().backward()
+        return leaf.grad
+
+    one = gradient(1)
+    for count in (2, 16):
+        torch.testing.assert_close(gradient(count), one, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(native.missing_reason() is not None, reason="needs the native extension")
+def test_many_queries_of_few_prototypes():
+    """On 'cpu' their sum is formed in blocks: rows that all but cancel leave what is right of them."""
+    query, prototypes = torch.randn(1, 64).repeat(8192, 1), torch.randn(4, 64)
+    assigned = torch.arange(8192) * 3 % 7 % 4
+
+    def gradient(function, dtype):
+        leaf = prototypes.to(dtype).clone().requires_grad_()
+        function(query.to(dtype), leaf, assigned).backward()
+        return leaf.grad
+
+    exact = gradient(formula, torch.float64)
+    plain = gradient(formula, torch.float32)
+    with fastcl.use_backend("cpu"):
+        got = gradient(fastcl.prototype_nce, torch.float32)
+    assert (got - exact).norm() <= 2 * (plain - exact).norm()

@@ -51,6 +51,17 @@ def test_triplets(mining, own, backend):
     same(fastcl.TripletLoss(0.3, mining)(a, p, negatives), exact.mean(), inputs)
 
 
+@pytest.mark.parametrize("width", [7, 100, 333])
+def test_a_key_as_far_as_the_positive_is_not_farther(width, backend):
+    """Their similarities differ by how the products are rounded."""
+    for dtype in (torch.float32, torch.float64):
+        a, p = torch.randn(2, 300, width, generator=torch.Generator().manual_seed(width), dtype=dtype)
+        equal = a[:1].repeat(32, 1)
+        assert fastcl.triplet_loss(equal, equal) == 0
+        with_own = fastcl.triplet_loss(a, p, p, reduction="none")
+        torch.testing.assert_close(with_own, fastcl.triplet_loss(a, p, reduction="none"))
+
+
 @pytest.mark.parametrize("classes", [1, 4, N])
 def test_batch_hard(classes, backend):
     z, labels = rows(N, 3), torch.arange(N) % classes

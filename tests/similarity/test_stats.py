@@ -337,6 +337,15 @@ def test_a_set_without_pairs_is_minus_infinity_with_zero_gradient(backend):
     assert not key.grad.any()
 
 
+def test_a_positive_of_minus_infinity_counts(backend):
+    if backend == "triton":
+        pytest.xfail("Triton's kernels take a logit of -inf for a pair that is excluded")
+    key = torch.tensor([[-torch.inf, 1.0], [1.0, 0.0], [0.5, 0.0]])
+    rule = PairRule(positive=(torch.tensor([0]), torch.tensor([0, 0, 1])))
+    stats = fastcl.similarity_stats(torch.tensor([[1.0, 0.0]]), key, rule=rule)
+    assert (stats.pos_sum, stats.pos_count, stats.lse_neg) == (-torch.inf, 2, 0.5)
+
+
 def test_count_and_maximum_carry_no_gradient(backend):
     query, key = (torch.randn(4, 3, requires_grad=True) for _ in range(2))
     stats = fastcl.similarity_stats(query, key, columns=True)

@@ -259,12 +259,26 @@ class Loss {
       kernels<T>().add_scaled(sum, query_.row(query), -pull_[query], query_.stride);
     };
     if (assigned()) {
-      for (int64_t k = first_assigned_[i]; k < first_assigned_[i + 1]; k++) pull(assigned_[k]);
+      pull_assigned(i, sum);
     } else if (!keys_given()) {
       pull(i);
     }
     input_gradient(unit, i, static_cast<T>(args_.scale), sum);
     std::copy_n(sum, unit.width, (keys_given() ? result_.negatives : result_.positive) + i * unit.width);
+  }
+
+  // Adds the queries whose positive is key i, in blocks: the error does not grow with their number.
+  void pull_assigned(int64_t i, T* sum) const {
+    constexpr int64_t kPulled = 64;
+    const int64_t begin = first_assigned_[i], end = first_assigned_[i + 1];
+    const Buffer<T> block = end - begin > kPulled ? allocate<T>(query_.stride) : nullptr;
+    T* const to = block ? block.get() : sum;
+    for (int64_t first = begin; first < end; first += kPulled) {
+      if (block) std::fill_n(to, query_.stride, T(0));
+      for (int64_t k = first; k < std::min(first + kPulled, end); k++)
+        kernels<T>().add_scaled(to, query_.row(assigned_[k]), -pull_[assigned_[k]], query_.stride);
+      if (block) kernels<T>().add_scaled(sum, to, T(1), query_.stride);
+    }
   }
 
   const OnePositive& args_;

@@ -211,7 +211,7 @@ void pair_weights(Tile<T> tile, Tile<T> positive, const typename Kernels<T>::Pai
   for (int64_t r = 0; r < tile.rows; r++) {
     for (int64_t i = 0; i < vectors_of(tile) * kLanes<T>; i += kLanes<T>) {
       const Vec<T> negative = load(tile.row(r) + i), p = load(positive.row(r) + i);
-      const auto is_positive = p > excluded_logit<T> / 2 || p != p;
+      const auto is_positive = p != empty_vector<T>();
       auto weigh = [&](Vec<T> max, Vec<T> factor, Vec<T> positive_max, Vec<T> positive_factor,
                        Vec<T> constant) {
         const Vec<T> weight = exp2(is_positive ? p - positive_max : negative - max);

@@ -39,7 +39,7 @@ struct SignedLogits {
 template <class T>
 SignedLogits<T> signed_logits(const T* negative, const T* positive, Vec<T> bias) {
   const Vec<T> p = load(positive), zero = {};
-  const auto is_positive = p > excluded_logit<T> / 2 || p != p;
+  const auto is_positive = p != empty_vector<T>();
   return {is_positive ? -(p + bias) : load(negative) + bias, is_positive ? splat(T(1)) : zero};
 }
 

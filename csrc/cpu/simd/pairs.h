@@ -82,7 +82,7 @@ void split_rows(Tile<T> tile, Split<T> to, PositiveSums<T> lane, PositiveSums<T>
     Vec<T> sum = {}, count = {};
     for (int64_t i = 0; i < padded; i += kLanes<T>) {
       const Vec<T> value = load(positive + i), zero = {};
-      const auto counts = value > excluded_logit<T> / 2 || value != value;
+      const auto counts = value != empty_vector<T>();  // -inf is a logit, too
       const Vec<T> counted = counts ? value : zero, one = counts ? splat(T(1)) : zero;
       store(lane_sum + i, load(lane_sum + i) + counted);
       store(lane.count + i, load(lane.count + i) + one);

@@ -146,7 +146,7 @@ class OnePositive(NamedTuple):
         if self.layout == ASSIGNED:
             assert self.negatives is not None
             assert self.query_ids is not None
-            positive = unit_rows(self.negatives[self.query_ids], self.normalize_negatives)
+            positive = unit_rows(self.negatives.index_select(0, self.query_ids), self.normalize_negatives)
         else:
             assert self.positive is not None
             positive = unit_rows(self.positive, self.normalize)

@@ -45,7 +45,8 @@ def triplet_loss(
         positive: (N, D), same dtype.
         negative_keys: (M, D), or None: the other rows' positives.
         margin: a finite number, at least 0.
-        mining: 'hard': the nearest negative; 'semi_hard': the nearest that is farther than the positive.
+        mining: 'hard': the nearest negative; 'semi_hard': the nearest that is farther than the positive,
+            by more than rounding.
         reduction: 'mean', 'sum' or 'none'. A row without such a negative gives 0 and is counted.
         group: the loss is that of all ranks' rows, each rank passing its own, as in :func:`fastcl.info_nce`;
             the negatives are all ranks'.

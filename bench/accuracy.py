@@ -40,7 +40,7 @@ OWN = {
     "barlow-twins": ("--dim=512", "--hidden=512"),
     "moco-v3": ("--dim=128", "--hidden=512"),
     "swav": (
-        *("--epochs=17", "--batch-size=64", "--lr=6e-3", "--hidden=512", "--small-crops=0"),
+        *("--epochs=24", "--batch-size=64", "--lr=6e-3", "--hidden=512", "--small-crops=0", "--crop-min=0.5"),
         *("--prototypes=100", "--target-temperature=0.025", "--queue-size=512", "--queue-from-epoch=1"),
     ),
     "inst-disc": ("--loss=softmax", "--noise=0", "--temperature=0.2", "--batch-size=64"),

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -148,15 +150,22 @@ def read(folder: Path) -> dict[str, list[dict[str, str]]]:
 
 
 def draw(axes: Axes, runs: Mapping[str, list[dict[str, str]]], measure: str, label: str) -> None:
-    """A line per run over the epochs."""
+    """A line per run over the epochs; the seeds of a method share a colour, the best method comes first."""
+    lines: dict[str, list[list[tuple[int, float]]]] = {}
     for name, rows in runs.items():
-        found = [(int(row["epoch"]), float(row[measure])) for row in rows if row.get(measure)]
-        if found:
-            axes.plot(*zip(*found, strict=True), ".-", label=name)
+        if found := [(int(row["epoch"]), float(row[measure])) for row in rows if row.get(measure)]:
+            lines.setdefault(re.sub(r"-\d+$", "", name), []).append(found)
+    best = sorted(lines, key=lambda method: lines[method][0][-1][1], reverse=True)
+    for rank, method in enumerate(best):
+        for seed, line in enumerate(lines[method]):
+            epochs, values = zip(*line, strict=True)
+            colour, dashes = colormaps["tab20"](rank % 20), "-" if rank < 20 else "--"
+            label_once = None if seed else method
+            axes.plot(epochs, values, marker=".", color=colour, linestyle=dashes, label=label_once)
     axes.set(xlabel="epoch", ylabel=label)
     axes.grid(alpha=0.3)
     if axes.lines:
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize="small")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,14 @@ settings.register_profile("same cases every run", derandomize=True)
 settings.load_profile("same cases every run")
 
 
+@pytest.fixture
+def threads():
+    """Sets how many threads torch uses, until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 def pytest_configure(config):
     # NaN and infinity are warned of by the NumPy that interprets Triton's kernels
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton")

@@ -86,13 +86,6 @@ def test_soft_targets_need_little_beyond_inputs_and_gradients():
     assert float(run.stdout) < 64
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(65, 63, 64), (700, 1500, 40), (65, 5000, 16)], ids=str)
 def test_the_same_bits_for_any_number_of_threads(dtype, shape, threads):

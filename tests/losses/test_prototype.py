@@ -186,13 +186,6 @@ def test_a_kernel_reads_no_row_that_is_not_there():
             torch.ops.fastcl.one_positive(query, None, prototypes, scale, assigned, None, *flags)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_the_same_bits_for_any_number_of_threads(extra, reduction, threads):

@@ -78,12 +78,12 @@ class CleanStop(Callback):
         self._install(trainer)
         try:
             yield
-        except (KeyboardInterrupt, SystemExit) as error:
-            if self.received is None:
+        except BaseException as error:
+            if self.received is not None:  # an interrupted library may raise an error of its own
+                _end_other_ranks(trainer)
+                raise RunStoppedError(self._message(f"by {self.received.name}")) from error
+            if not isinstance(error, (OSError, TooManyUnreadableError, _DivergedError)):
                 raise
-            _end_other_ranks(trainer)
-            raise RunStoppedError(self._message(f"by {self.received.name}")) from error
-        except (OSError, TooManyUnreadableError, _DivergedError) as error:
             _end_other_ranks(trainer)
             if isinstance(error, _DivergedError) and not trainer.is_global_zero:
                 raise SystemExit(1) from error  # the first rank says it

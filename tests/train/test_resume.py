@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import io
 import math
 import os
 import resource
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 import torch
@@ -257,6 +259,28 @@ class TestStopping:
         run.method.on_train_epoch_start = swallowed
         with pytest.raises(RunStoppedError, match="stopped by SIGTERM, before the first checkpoint"):
             run.fit()
+
+    def test_a_signal_amid_a_write_leaves_the_last_checkpoint_whole(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The writer of torch answers an interrupt with an error of its own."""
+        save, saved = torch.save, []
+
+        class Interrupting(io.BytesIO):
+            def write(self, part: Any) -> int:
+                written = super().write(part)
+                if self.tell() > 10_000:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return written
+
+        def interrupted_at_the_third(content: object, file: IO[bytes]) -> None:
+            saved.append(content)
+            save(content, Interrupting() if len(saved) == 3 else file)
+
+        monkeypatch.setattr(torch, "save", interrupted_at_the_third)
+        with pytest.raises(RunStoppedError, match=r"stopped by SIGTERM; .*simclr.ckpt is whole"):
+            prepare("simclr", out=tmp_path, epochs=4, **SMALL).fit()
+        assert torch.load(tmp_path / "simclr.ckpt", weights_only=True)["epoch"] == 1
 
     def test_a_full_disk_leaves_the_last_checkpoint_whole(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

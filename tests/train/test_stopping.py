@@ -1,0 +1,124 @@
+"""Runs that end early say so in one line, and leave their last checkpoint whole."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import resource
+import signal
+import subprocess
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+import torch
+from runs import FASTCL, OPTIONS, SMALL, losses
+
+pytest.importorskip("fastcl.train")
+
+from fastcl.train import RunStoppedError, prepare
+from fastcl.train.checkpoints import write_atomically
+
+
+class TestStopping:
+    def test_a_diverging_run_stops_and_leaves_its_checkpoint(self, tmp_path: Path) -> None:
+        run = prepare("simclr", out=tmp_path, epochs=4, **SMALL)
+        step = run.method.training_step
+
+        def diverging(batch: object, batch_idx: int) -> torch.Tensor:
+            return step(batch, batch_idx) * (float("nan") if run.method.global_step == 5 else 1.0)
+
+        run.method.training_step = diverging
+        with pytest.raises(RunStoppedError, match=r"no finite number by step 2 of epoch 3; .* is whole"):
+            run.fit()
+        checkpoint = torch.load(tmp_path / "simclr.ckpt", weights_only=True)
+        assert checkpoint["epoch"] == 1
+        assert all(x.isfinite().all() for x in checkpoint["state_dict"].values())
+        assert len(losses(tmp_path)) == 2
+
+    def test_a_signal_stops_with_one_line(self, tmp_path: Path) -> None:
+        """Of the command itself, whose terminal sends it."""
+        process = subprocess.Popen(
+            [FASTCL, "train", "simclr", *OPTIONS, "--epochs=100", f"--out={tmp_path}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        checkpoint = tmp_path / "simclr.ckpt"
+        assert process.stdout is not None
+        assert any(line.startswith("epoch 10/") for line in process.stdout)
+        process.send_signal(signal.SIGINT)  # the tests of runs in this process send SIGTERM
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 1, err
+        assert f"stopped by SIGINT; {checkpoint} is whole" in err.splitlines()[-1]
+        assert "Traceback" not in err
+        assert torch.load(checkpoint, weights_only=True)["epoch"] >= 8
+
+    def test_a_signal_that_a_library_swallowed_stops_the_run_all_the_same(self, tmp_path: Path) -> None:
+        run = prepare("simclr", out=tmp_path, epochs=3, **SMALL)
+
+        def swallowed() -> None:
+            with contextlib.suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        run.method.on_train_epoch_start = swallowed
+        with pytest.raises(RunStoppedError, match="stopped by SIGTERM, before the first checkpoint"):
+            run.fit()
+
+    def test_a_signal_amid_a_write_leaves_the_last_checkpoint_whole(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The writer of torch answers an interrupt with an error of its own."""
+        save, saved = torch.save, []
+
+        class Interrupting(io.BytesIO):
+            def write(self, part: Any) -> int:
+                written = super().write(part)
+                if self.tell() > 10_000:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return written
+
+        def interrupted_at_the_third(content: object, file: IO[bytes]) -> None:
+            saved.append(content)
+            save(content, Interrupting() if len(saved) == 3 else file)
+
+        monkeypatch.setattr(torch, "save", interrupted_at_the_third)
+        with pytest.raises(RunStoppedError, match=r"stopped by SIGTERM; .*simclr.ckpt is whole"):
+            prepare("simclr", out=tmp_path, epochs=4, **SMALL).fit()
+        assert torch.load(tmp_path / "simclr.ckpt", weights_only=True)["epoch"] == 1
+
+    def test_a_full_disk_leaves_the_last_checkpoint_whole(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        save, saved = torch.save, []
+
+        def full_at_the_third(content: object, file: object) -> None:
+            saved.append(content)
+            if len(saved) == 3:
+                file.write(b"the beginning of a checkpoint")  # type: ignore[attr-defined]
+                raise OSError(errno.ENOSPC, "No space left on device")
+            save(content, file)
+
+        monkeypatch.setattr(torch, "save", full_at_the_third)
+        with pytest.raises(RunStoppedError, match=r"No space left on device; .*simclr.ckpt is whole"):
+            prepare("simclr", out=tmp_path, epochs=4, **SMALL).fit()
+        assert torch.load(tmp_path / "simclr.ckpt", weights_only=True)["epoch"] == 1
+        monkeypatch.undo()
+        prepare("simclr", out=tmp_path, epochs=4, resume=True, **SMALL).fit()
+        assert len(losses(tmp_path)) == 4
+
+    def test_a_real_write_error_is_an_os_error_and_leaves_no_file_behind(self, tmp_path: Path) -> None:
+        """A limit on the size of files stands for the end of the disk."""
+        write_atomically(tmp_path / "x.ckpt", {"whole": 1})
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            with pytest.raises(OSError, match="too large"):
+                write_atomically(tmp_path / "x.ckpt", torch.zeros(1_000_000))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert torch.load(tmp_path / "x.ckpt") == {"whole": 1}
+        assert [file.name for file in tmp_path.iterdir()] == ["x.ckpt"]

@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
 from fastcl.train.encoders import RESNETS
+from fastcl.train.stopping import uninterrupted
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -30,6 +31,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         write_atomically(Path(path), checkpoint)
 
 
+@uninterrupted()
 def write_atomically(path: Path, content: object) -> None:
     """``torch.save`` to ``path``, which is replaced only once the whole content is on the disk."""
     temporary = path.with_name(f".{path.name}.partial")

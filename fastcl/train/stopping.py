@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,26 @@ from fastcl.train.data.images import TooManyUnreadableError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LOOKED_AT_EVERY = 50  # steps
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Signals that would stop a run come at the end of what is inside.
+
+    An interrupt amid ``torch.save`` leaves its C++ writer half-way, which may abort the process.
+    """
+    if threading.current_thread() is not threading.main_thread():  # no signal comes here
+        yield
+        return
+    received: list[int] = []
+    previous = _handle(lambda number, frame: received.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        if received:
+            signal.raise_signal(received[0])
 
 
 class RunStoppedError(Exception):
@@ -74,8 +95,7 @@ class CleanStop(Callback):
         Raises:
             RunStoppedError: by a signal, a full disk, too many unreadable images or a diverging loss.
         """
-        previous = {number: signal.getsignal(number) for number in _SIGNALS}
-        self._install(trainer)
+        previous = self._install(trainer)
         try:
             yield
         except BaseException as error:
@@ -93,9 +113,8 @@ class CleanStop(Callback):
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _install(self, trainer: Trainer) -> None:
-        for number in _SIGNALS:
-            signal.signal(number, self._interrupt if trainer.is_global_zero else signal.SIG_IGN)
+    def _install(self, trainer: Trainer) -> dict[signal.Signals, Any]:
+        return _handle(self._interrupt if trainer.is_global_zero else signal.SIG_IGN)
 
     def _interrupt(self, number: int, frame: object) -> None:
         self.received = signal.Signals(number)
@@ -111,3 +130,8 @@ def _end_other_ranks(trainer: Trainer) -> None:
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _SubprocessScriptLauncher):
         launcher.kill(signal.SIGKILL)
+
+
+def _handle(handler: Callable[[int, Any], object] | signal.Handlers) -> dict[signal.Signals, Any]:
+    """What handled the signals before."""
+    return {number: signal.signal(number, handler) for number in _SIGNALS}

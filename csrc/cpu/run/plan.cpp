@@ -6,20 +6,20 @@ namespace fastcl::cpu {
 
 namespace {
 
-constexpr int64_t kBlock = 192;
-constexpr int64_t kMinBlocks = 6;  // of the longer side, where each has kMinBlock rows at least
+constexpr int64_t kBlock = 256;
+constexpr int64_t kMinTasks = 6;  // at a time, where a block has kMinBlock rows at least
 constexpr int64_t kMinBlock = 64;
 constexpr int64_t kMinPart = 1536;  // keys, so that a part's own sums cost little
 constexpr int64_t kMaxTasks = 32;
-constexpr int64_t kMaxGroups = 64;   // of a side
-constexpr int64_t kGroupBlocks = 3;  // at least: lanes are packed once per task
-constexpr int64_t kMaxCopies = 16;   // each is zeroed, filled and added up
-constexpr int64_t kCopyBlocks = 4;   // of the other side, at least, for each copy
+constexpr int64_t kMaxGroups = 64;  // of a side; half as many tasks of a symmetric problem run at a time
+constexpr int64_t kMaxCopies = 16;  // each is zeroed, filled and added up
+constexpr int64_t kCopyBlocks = 4;  // of the other side, at least, for each copy
 
 // A block keeps a tile's operands in the second-level cache; blocks are smaller where few would leave threads
 // idle, and all about equal, since tasks wait for each other.
-int64_t block_for(int64_t longest) {
-  return even_block(longest, std::clamp(ceil_div(longest, kMinBlocks), kMinBlock, kBlock));
+int64_t block_for(int64_t longest, bool symmetric) {
+  const int64_t blocks = symmetric ? 2 * kMinTasks : kMinTasks;
+  return even_block(longest, std::clamp(ceil_div(longest, blocks), kMinBlock, kBlock));
 }
 
 Groups make_groups(int64_t count, int64_t block) {
@@ -27,8 +27,8 @@ Groups make_groups(int64_t count, int64_t block) {
   side.count = count;
   side.block = block;
   side.blocks = ceil_div(count, block);
-  side.groups =
-      std::clamp<int64_t>(side.blocks / kGroupBlocks, std::min<int64_t>(side.blocks, 16), kMaxGroups);
+  const int64_t blocks_each = std::max<int64_t>(ceil_div(side.blocks, kMaxGroups), 1);
+  side.groups = ceil_div(side.blocks, blocks_each);
   return side;
 }
 
@@ -63,7 +63,7 @@ int64_t parts_of_keys(int64_t queries, int64_t keys) {
 }
 
 Plan make_plan(int64_t queries, int64_t keys, bool symmetric) {
-  const int64_t block = block_for(std::max(queries, keys));
+  const int64_t block = block_for(std::max(queries, keys), symmetric);
   Plan plan{make_groups(queries, block), make_groups(keys, block), symmetric, {}};
   const bool by_query = queries >= keys;
   Groups &long_side = by_query ? plan.query : plan.key, &short_side = by_query ? plan.key : plan.query;

@@ -315,7 +315,9 @@ def product(case, x):
     if case.call == "stats":
         x.setdefault("key", x["query"])
         rule = PairRule(positive=o["positive"], exclude=o["exclude"])
-        return testing.every_statistic(fastcl.similarity_stats(**x, rule=rule, columns=o["columns"], **plain))
+        return testing.every_statistic(
+            fastcl.similarity_stats(**x, rule=rule, columns=o["columns"], **plain), oracle.STATISTICS
+        )
     return [getattr(fastcl, case.call)(**x, **plain)]
 
 
@@ -349,5 +351,5 @@ def dense(case, x):
         x.setdefault("key", x["query"])
         rule = PairRule(positive=o["positive"], exclude=o["exclude"])
         stats = testing.dense_stats(**x, rule=rule, columns=o["columns"], **plain)
-        return testing.every_statistic(stats)
+        return testing.every_statistic(stats, oracle.STATISTICS)
     return [getattr(testing, f"dense_{case.call}")(**x, **plain)]

@@ -228,8 +228,11 @@ def mochi_loss(x, o):
     return _one_positive(positive[:, 0], every, mask, o["reduction"], blocks)
 
 
+STATISTICS = ("lse_neg", "lse_pos", "pos_sum", "pos_count", "max_neg")
+
+
 def similarity_stats(x, o):
-    """The outputs, for rows and then for columns, are lse_neg, lse_pos, pos_sum, pos_count, max_neg."""
+    """The outputs are the STATISTICS of the rows and then of the columns."""
     q = unit(x["query"], o["normalize"])
     k = q if "key" not in x else unit(x["key"], o["normalize"])
     factor = x["scale"] * x.get("key_scale", torch.ones(len(k), dtype=torch.float64))

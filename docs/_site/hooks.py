@@ -18,6 +18,7 @@ _TABLES = {
     "literature": site_tables.literature,
     "which": site_tables.which,
     "trainers": site_tables.trainers,
+    "backends": site_tables.backends,
     "reference": site_tables.reference,
 }
 _SHOWN = ("bench/results/cpu-epyc-2threads.png",)

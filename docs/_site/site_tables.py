@@ -11,6 +11,7 @@ from catalogue import Method, Page, losses, recipes
 
 import fastcl
 from fastcl import train
+from fastcl.backends.registry import BACKENDS
 from fastcl.train.methods.registry import METHODS
 
 
@@ -110,6 +111,11 @@ def _takes_group(page: Page) -> dict[str, str]:
 def trainers(source: str) -> str:
     """What ``fastcl train`` offers."""
     return _table(["METHOD", ""], [[f"`{name}`", method.summary] for name, method in METHODS.items()])
+
+
+def backends(source: str) -> str:
+    """What computes, in the order in which it is tried."""
+    return _table(["name", "what it is"], [[f"`{x.name}`", x.summary] for x in BACKENDS.values()])
 
 
 def reference(source: str) -> str:

@@ -76,6 +76,7 @@ class Backend:
     """
 
     name: str
+    summary: str  # what it is, for the documentation
     missing: Callable[[], str | None] = _nothing_missing  # why it is not available here
     unsupported_reasons: Callable[[Request], list[str]] = _anything  # why it cannot serve a request
     whole_losses: tuple[type[WholeLoss], ...] = ()  # which it computes with their gradients, in one op

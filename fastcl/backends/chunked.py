@@ -381,6 +381,7 @@ def _logit_gradient(
 
 BACKEND = Backend(
     "chunked",
+    summary="plain torch in linear memory, any device, any rule",
     stats_forward=stats_forward,
     stats_backward=stats_backward,
     logistic=logistic,

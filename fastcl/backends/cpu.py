@@ -168,6 +168,10 @@ def _native_problem(problem: Problem) -> tuple[Any, ...]:
 
 BACKEND = Backend(
     "cpu",
+    summary=(
+        "C++ for all four dtypes; on x86-64 generic, AVX2, AVX-512, AVX-512-BF16 or AMX, on "
+        "arm64 NEON, chosen at run time"
+    ),
     missing=native.missing_reason,
     unsupported_reasons=unsupported_reasons,
     whole_losses=(OnePositive, ManyPositives),

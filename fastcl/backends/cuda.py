@@ -140,6 +140,9 @@ def _limits(device: int) -> tuple[int, int, str]:
 
 BACKEND = Backend(
     "cuda",
+    summary=(
+        "C++/CUDA: whole losses in one launch, for batches whose similarities stay on the chip; off in 'auto'"
+    ),
     missing=missing_reason,
     unsupported_reasons=unsupported_reasons,
     whole_losses=(OnePositive, ManyPositives),

@@ -252,4 +252,10 @@ def mochi(args: Mochi) -> Tensor:
 
 
 # statistics and MoCHi need no op: autograd differentiates them
-BACKEND = Backend("reference", two_scales=True, topk=topk, enqueue=enqueue)
+BACKEND = Backend(
+    "reference",
+    summary="dense torch: the specification that the others are tested against",
+    two_scales=True,
+    topk=topk,
+    enqueue=enqueue,
+)

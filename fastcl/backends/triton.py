@@ -124,6 +124,10 @@ def _one_positive(args: OnePositive, needs: int) -> Outputs:
 
 BACKEND = Backend(
     "triton",
+    summary=(
+        "Triton kernels for NVIDIA and AMD GPUs, float32, float16 and bfloat16; `pip install "
+        "triton` where torch did not bring it"
+    ),
     missing=missing_reason,
     unsupported_reasons=unsupported_reasons,
     whole_losses=(OnePositive,),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastcl.backends import native, triton
+from fastcl.backends import triton
 from fastcl.backends.base import Request
 from fastcl.backends.registry import BACKENDS
 from fastcl.similarity.fields import Statistics
@@ -44,10 +45,10 @@ def backends() -> tuple[str, ...]:
     """The backends under test."""
     if INTERPRETED:
         return ("triton",)
-    everywhere = ("reference", "chunked")
-    if DEVICE.type == "cuda":
-        return (*everywhere, "triton")
-    return (*everywhere, "cpu") if native.missing_reason() is None else everywhere
+    request = Request(DEVICE, torch.float32)
+    return tuple(
+        name for name, x in BACKENDS.items() if x.missing() is None and not x.unsupported_reasons(request)
+    )
 
 
 def takes_masks(backend: str) -> bool:
@@ -56,10 +57,10 @@ def takes_masks(backend: str) -> bool:
     return not BACKENDS[backend].unsupported_reasons(request)
 
 
-def every_statistic(stats: SimilarityStats) -> list[Tensor]:
+def every_statistic(stats: SimilarityStats, names: Sequence[str] = Statistics._fields) -> list[Tensor]:
     """The fields of the rows and then, if there are any, those of the columns."""
     sides = [side for side in (stats, stats.columns) if side is not None]
-    return [getattr(side, name) for side in sides for name in Statistics._fields]
+    return [getattr(side, name) for side in sides for name in names]
 
 
 class Case(NamedTuple):

@@ -26,7 +26,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m bench.demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist worksteal tests
+	$(BIN)/python -m pytest -n auto --dist worksteal --durations=25 tests
 
 QUICK_TESTS = losses memory test_contract.py test_errors.py test_layout.py test_mirrors.py
 quick: lint

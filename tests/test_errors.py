@@ -98,6 +98,12 @@ for _name in ("info_nce", "nt_xent", "clip_loss"):
     _arguments = (Z, Z, 1.0) if _name == "clip_loss" else (Z, Z)
     VALUE_ERRORS[pair(getattr(fastcl, _name))(*_arguments, reduction="max")] = ("reduction", "max")
 VALUE_ERRORS[sup_con(Z, IDS, reduction="max")] = ("reduction", "max")
+for _name, _arguments in {"logit_scale": (Z[:, 0], 0.0), "logit_bias": (1.0, Z[:, 0])}.items():
+    VALUE_ERRORS[pair(fastcl.siglip_loss)(Z, Z, *_arguments)] = (
+        _name,
+        "one element",
+        str(tuple(Z[:, 0].shape)),
+    )
 for _bad in (0, 0.0, math.nan, math.inf, -math.inf, ONE_D, torch.ones(2, 2)):
     _said = ("temperature", str(tuple(_bad.shape)) if isinstance(_bad, torch.Tensor) else str(_bad))
     VALUE_ERRORS[info_nce(Z, Z, temperature=_bad)] = _said
@@ -127,6 +133,9 @@ TYPE_ERRORS = {
     pair(PairRule)(positive=(IDS.float(), IDS)): ("positive query_ids", "float32"),
     pair(PairRule)(exclude=(IDS, IDS.bool())): ("exclude key_ids", "bool"),
     pair(PairRule)(exclude=IDS): ("exclude", "pair"),
+    pair(PairRule)(exclude=(IDS, IDS, IDS)): ("exclude", "pair", "1-dimensional"),
+    pair(fastcl.triplet_loss)(Z, Z, Z, margin=torch.tensor(0.2)): ("margin must be a number, got", "Tensor"),
+    sup_con(Z, IDS.to(torch.uint16)): ("labels", "int64, int32, int16, int8, uint8", "uint16"),
     topk(Z, Z, 1.5): ("k", "float"),
     topk(Z, Z, True): ("k", "bool"),
     topk(Z, Z.double(), 1): ("key", "float32", "float64"),

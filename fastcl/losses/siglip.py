@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastcl.distributed.gather import ids_of_rows
 from fastcl.losses._scope import check_scope
-from fastcl.similarity.checks import check_pair
+from fastcl.similarity.checks import check_pair, check_scalar
 from fastcl.similarity.logistic import logistic_loss
 from fastcl.similarity.rules import PairRule
 
@@ -45,6 +45,8 @@ def siglip_loss(
         ValueError, TypeError: as :func:`fastcl.info_nce`.
     """
     check_scope(reduction, group, False)
+    check_scalar("logit_scale", logit_scale)
+    check_scalar("logit_bias", logit_bias)
     image_features, text_features = check_pair(
         "image_features", image_features, "text_features", text_features
     )

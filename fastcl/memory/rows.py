@@ -11,8 +11,11 @@ def random_unit_rows(size: int, dim: int, dtype: torch.dtype, device: torch.devi
 
     Raises:
         ValueError: a size or dim below 1.
+        TypeError: a size or dim that is no whole number.
     """
     for name, value in (("size", size), ("dim", dim)):
+        if not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     with torch.inference_mode(False):

@@ -13,6 +13,8 @@ from torch import Tensor
 from fastcl.similarity.compiled import anchored
 from fastcl.similarity.numerics import FLOAT_DTYPES, INTEGER_DTYPES
 
+_ONE_ELEMENT = "a number or a tensor of one element"
+
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
@@ -94,11 +96,19 @@ def check_vector(name: str, x: Tensor, like: Tensor) -> None:
 
 def check_number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
     """``value`` as a float; raise unless it is a finite number, ``low <= value < high``."""
-    number = _finite(name, value)
+    number = _finite(name, value, "a number")
     if not low <= number < high:
         expected = f"at least {low:g}" + (f" and below {high:g}" if high < math.inf else "")
         raise ValueError(f"{name} must be {expected}, got {value}")
     return number
+
+
+def check_scalar(name: str, value: float | Tensor) -> None:
+    """Raise unless ``value`` is what :func:`scalar` takes; a tensor is not read."""
+    if not isinstance(value, Tensor):
+        _finite(name, value)
+    elif value.numel() != 1:
+        raise ValueError(f"{name} must be {_ONE_ELEMENT}, got shape {tuple(value.shape)}")
 
 
 def scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
@@ -142,7 +152,7 @@ def _beside(name: str, value: Tensor, like: Tensor, per_row: bool = False) -> Te
 
 def _wrong_shape(name: str, value: Tensor, like: Tensor, per_row: bool) -> str:
     rows = like.shape[0]
-    text = f"{name} must be a number or a tensor of one element"
+    text = f"{name} must be {_ONE_ELEMENT}"
     if not per_row:
         return f"{text}, got shape {tuple(value.shape)}"
     text += f", or of shape ({rows}, 1): one per row; got shape {tuple(value.shape)}"
@@ -166,9 +176,9 @@ def _nan_unless_finite(x: Tensor) -> Tensor:
     return torch.nan_to_num(x, nan=math.nan, posinf=math.nan, neginf=math.nan)
 
 
-def _finite(name: str, value: float) -> float:
+def _finite(name: str, value: float, expected: str = _ONE_ELEMENT) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
-        raise TypeError(f"{name} must be a number or a tensor of one element, got {type(value).__name__}")
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
     if not -math.inf < value < math.inf:  # which a graph's symbolic numbers can be asked
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)

@@ -149,7 +149,10 @@ def _pair_set(name: str, given: Any) -> PairSet:
     if not isinstance(given, Tensor):
         return _ids_pair(name, given)
     if given.dtype != torch.bool:
-        raise TypeError(f"{name} must be a pair (query_ids, key_ids) or a bool mask, got {given.dtype}")
+        kind = f"a {given.dim()}-dimensional tensor of {given.dtype}"
+        raise TypeError(
+            f"{name} must be a pair (query_ids, key_ids), a bool mask, or a list of such, got {kind}"
+        )
     if given.dim() != 2:
         raise ValueError(f"{name} as a mask must have 2 dimensions, got shape {tuple(given.shape)}")
     return given
@@ -209,14 +212,16 @@ def check_range(name: str, indices: Tensor, count: int, what: str = "", *, low: 
     if least < low or most >= count:
         # said here only: in a compiled graph a count that is written out would be taken for a constant
         of = f" for {count} {what}" if what else ""
-        raise ValueError(f"{name} must be from {low} to {count - 1}{of}, got from {least} to {most}")
+        possible = f"from {low} to {count - 1}" if count > low else "none"
+        raise ValueError(f"{name} must be {possible}{of}, got from {least} to {most}")
 
 
 def check_ids(name: str, ids: Tensor, rows: Tensor | None = None) -> Tensor:
     """``ids`` as contiguous int64; checks dtype and, against ``rows`` (N, D), length and device."""
     if not isinstance(ids, Tensor) or ids.dtype not in INTEGER_DTYPES:
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"{name} must be an integer tensor, got {got}")
+        kinds = ", ".join(str(kind).removeprefix("torch.") for kind in INTEGER_DTYPES)
+        raise TypeError(f"{name} must be an integer tensor ({kinds}), got {got}")
     if ids.dim() != 1:
         raise ValueError(f"{name} must have 1 dimension, got shape {tuple(ids.shape)}")
     if rows is not None:

@@ -102,6 +102,7 @@ def test_on_meta_nothing_is_read():
     [
         ({"size": 0}, ValueError, "size must be at least 1"),
         ({"dim": 0}, ValueError, "dim must be at least 1"),
+        ({"size": 5.0}, TypeError, "size must be a whole number, got 5.0"),
         ({"momentum": 1.1}, ValueError, "momentum must be between 0 and 1, got 1.1"),
         ({"momentum": float("nan")}, ValueError, "momentum must be between 0 and 1"),
         ({"dtype": torch.int64}, TypeError, "dtype must be"),

@@ -31,13 +31,13 @@ SHARED = (
 )
 OWN = {
     "simclr": ("--batch-size=128", "--lr=3e-3", "--temperature=0.2"),
-    "moco": ("--batch-size=128", "--lr=3e-3", "--queue-size=4096", "--momentum=0.99"),
+    "moco": ("--batch-size=128", "--lr=3e-3", "--queue-size=4096", "--momentum=0.99", "--crop-min=0.5"),
     "mochi": ("--queue-size=4096", "--momentum=0.99", "--mix-from-epoch=3"),
     "byol": (
         *("--epochs=16", "--batch-size=64", "--lr=5e-3", "--dim=128", "--hidden=512", "--crop-min=0.5"),
         *("--momentum=0.9", "--momentum-end=0.99", "--final-norm"),
     ),
-    "simsiam": ("--dim=512", "--hidden=128"),
+    "simsiam": ("--epochs=10", "--batch-size=64", "--lr=5e-3", "--dim=512", "--hidden=128", "--crop-min=0.5"),
     "vicreg": ("--dim=512", "--hidden=512"),
     "barlow-twins": ("--dim=512", "--hidden=512"),
     "moco-v3": ("--dim=128", "--hidden=512"),
@@ -50,12 +50,9 @@ OWN = {
     "cmc": ("--loss=softmax", "--noise=0", "--temperature=0.1", "--width=16", "--batch-size=64"),
     "cpc": ("--width=16",),
     "dino": (
-        "--dim=128",
-        "--hidden=512",
-        "--prototypes=512",
-        "--momentum=0.97",
-        "--small-crops=0",
-        "--batch-size=128",
+        *("--batch-size=128", "--lr=3e-3", "--dim=128", "--hidden=512", "--small-crops=0", "--crop-min=0.5"),
+        *("--prototypes=128", "--balance=sinkhorn", "--target-temperature=0.03"),
+        *("--momentum=0.95", "--momentum-end=0.99"),
     ),
     "pcl": ("--queue-size=4096", "--momentum=0.99", "--clusters=100,200,400", "--cluster-from-epoch=3"),
     "hcsc": ("--queue-size=4096", "--momentum=0.99", "--clusters=400,200,100", "--cluster-from-epoch=3"),

@@ -17,18 +17,13 @@ from bench.accuracy import draw, read, run
 RESULTS = Path(__file__).parent / "results" / "pairs"
 RUNS = {
     "clip-first": (
-        "clip",
-        "--distortion=0",
-        "--layers=2",
-        "--epochs=5",
-        "--batch-size=512",
-        "--lr=1e-3",
-        "--warmup-epochs=0",
+        *("clip", "--distortion=0", "--layers=2", "--epochs=5", "--lr=1e-3", "--weight-decay=1e-2"),
+        *("--warmup-epochs=0", "--word-dropout=0", "--piece-std=1"),
     ),
     "clip": ("clip",),
     "siglip": ("siglip", "--epochs=3"),
     "simcse": ("simcse", "--epochs=3"),
-    "simcse-supervised": ("simcse", "--supervised"),
+    "simcse-supervised": ("simcse", "--supervised", "--word-dropout=0.1", "--piece-std=0.05"),
 }
 FIRST = "clip-first was the first run that was measured; a text was then the plain mean of its words."
 MEASURES = ("zero_shot_fonts", "zero_shot_characters", "recall_1", "recall_10")

@@ -42,13 +42,12 @@ KINDS = ("random", "peaked", "collapsed", "all-excluded", "duplicate-ids")
 
 
 def backends() -> tuple[str, ...]:
-    """The backends under test."""
+    """The backends under test, the one that 'auto' prefers last."""
     if INTERPRETED:
         return ("triton",)
     request = Request(DEVICE, torch.float32)
-    return tuple(
-        name for name, x in BACKENDS.items() if x.missing() is None and not x.unsupported_reasons(request)
-    )
+    serving = [x for x in BACKENDS.values() if x.missing() is None and not x.unsupported_reasons(request)]
+    return tuple(x.name for x in reversed(serving))
 
 
 def takes_masks(backend: str) -> bool:

@@ -10,6 +10,7 @@ from fastcl.train.data.texts import PIECES, WORDS, DefinitionSource
 from fastcl.train.settings import DefinitionSettings, GlyphSettings
 
 _HEADS = 4
+_DROPOUT = 0.2  # of the glyphs' features
 
 
 class TextEncoder(nn.Module):
@@ -22,18 +23,24 @@ class TextEncoder(nn.Module):
         width: of the features, a multiple of 4.
         layers: of the transformer, which normalizes before each part of a layer.
         dropout: in it, and of the words.
+        word_dropout: of whole words, instead; 0: none.
+        piece_std: standard deviation of the pieces' vectors at the start; a small one lets pieces that were
+            never seen say little.
 
     Raises:
         ValueError: another width.
     """
 
-    def __init__(self, width: int, layers: int, dropout: float) -> None:
+    def __init__(
+        self, width: int, layers: int, dropout: float, word_dropout: float = 0.0, piece_std: float = 1.0
+    ) -> None:
         super().__init__()
         if width % _HEADS != 0:
             raise ValueError(f"width must be a multiple of {_HEADS}, got {width}")
         self.pieces = nn.EmbeddingBag(PIECES, width, mode="mean", padding_idx=0)
+        self.pieces.weight.data *= piece_std
         self.places = nn.Parameter(0.02 * torch.randn(WORDS, width))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout1d(word_dropout) if word_dropout else nn.Dropout(dropout)
         layer = nn.TransformerEncoderLayer(
             width, _HEADS, 2 * width, dropout, "gelu", batch_first=True, norm_first=True
         )
@@ -42,6 +49,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, texts: Tensor) -> Tensor:
         """The features of ``texts``."""
+        texts = texts[:, : int((texts[..., 0] != 0).sum(dim=1).amax())]
         words = self.pieces(texts.flatten(0, 1)).unflatten(0, texts.shape[:2]) + self.places[: texts.shape[1]]
         none = texts[..., 0] == 0
         words = self.transformer(self.dropout(words), src_key_padding_mask=none)
@@ -61,7 +69,8 @@ def encode_definitions(
     source: DefinitionSource | GlyphSource, settings: DefinitionSettings | GlyphSettings
 ) -> tuple[nn.Module, int]:
     """An untrained encoder of texts, and the width of its features."""
-    return TextEncoder(settings.width, settings.layers, settings.dropout), settings.width
+    s = settings
+    return TextEncoder(s.width, s.layers, s.dropout, s.word_dropout, s.piece_std), s.width
 
 
 def _convolutions(channels: int) -> tuple[nn.Module, int]:
@@ -72,4 +81,6 @@ def _convolutions(channels: int) -> tuple[nn.Module, int]:
         convolution = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
         layers += [convolution, nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
         before = after
-    return nn.Sequential(*layers, nn.Flatten()), before * (SIDE // 8) ** 2
+    network = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(_DROPOUT))
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network, before * (SIDE // 8) ** 2

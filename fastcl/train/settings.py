@@ -144,6 +144,12 @@ class TextSettings(RunSettings):
     width: Annotated[PositiveInt, "Width of the text transformer, a multiple of 4."] = 128
     layers: Annotated[PositiveInt, "Layers of the text transformer."] = 1
     dropout: Annotated[ClosedUnitInterval, "Dropout of the text transformer."] = 0.1
+    word_dropout: Annotated[
+        ClosedUnitInterval, "Dropout of whole words, rather than of their components."
+    ] = 0.0
+    piece_std: Annotated[
+        PositiveFloat, "Standard deviation of the vectors of words' pieces at the start."
+    ] = 1.0
     limit: Annotated[PositiveInt | None, "At most this many training samples."] = None
 
 
@@ -187,6 +193,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     "glyphs": {
         **{"dim": 128, "epochs": 7, "batch_size": 256, "warmup_epochs": 1, "evaluate_every": 2},
         **{"optimizer": "adamw", "lr": 2e-3, "weight_decay": 1e-2},
+        **{"word_dropout": 0.1, "piece_std": 0.05},
     },
     "definitions": {
         **{"dim": 128, "epochs": 8, "batch_size": 256, "warmup_epochs": 1, "evaluate_every": 1},

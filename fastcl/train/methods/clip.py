@@ -33,7 +33,9 @@ class CLIPSettings(GlyphSettings):
     "clip",
     "images and their texts find each other among the batch (Radford et al. 2021, arXiv 2103.00020)",
     settings=CLIPSettings,
-    recipe={"glyphs": {"temperature": 0.07}},
+    recipe={
+        "glyphs": {"temperature": 0.07, "epochs": 16, "batch_size": 512, "lr": 3e-3, "weight_decay": 0.2}
+    },
 )
 class CLIP(TwoSided):
     """CLIP: each image must find its text among those of the batch, each text its image.

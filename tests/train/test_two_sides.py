@@ -100,6 +100,11 @@ class TestTexts:
         assert alone.isfinite().all()
         torch.testing.assert_close(alone[0], among[0])
 
+    def test_words_are_dropped_whole(self) -> None:
+        words = torch.ones(16, 4, 8)
+        dropped = TextEncoder(8, 1, 0.1, word_dropout=0.5).dropout(words)
+        assert {tuple(word.unique().tolist()) for word in dropped.flatten(0, 1)} == {(0.0,), (2.0,)}
+
     def test_held_out_definitions_are_not_trained_on(self, tmp_path: Path) -> None:
         definitions = [definition for _, definition in read_definitions()]
         assert len(definitions) == len(set(definitions)) > 21_000

@@ -121,7 +121,7 @@ class CleanStop(Callback):
         raise KeyboardInterrupt
 
     def _message(self, reason: str) -> str:
-        if self.checkpoint.exists():
+        if self.checkpoint.is_file():
             return f"stopped {reason}; {self.checkpoint} is whole: --resume goes on from there"
         return f"stopped {reason}, before the first checkpoint"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import free_port, on_every_rank
-from runs import FASTCL, OPTIONS, SMALL, finish, losses, metrics, start
+from short_runs import FASTCL, OPTIONS, SMALL, finish, losses, metrics, start
 
 from fastcl.cli import main
 

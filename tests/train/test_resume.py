@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import OPTIONS, SMALL, losses, metrics, start, wait_for_epoch
+from short_runs import OPTIONS, SMALL, losses, metrics, start, wait_for_epoch
 from test_data import make_tree
 
 from fastcl.cli import main

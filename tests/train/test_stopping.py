@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import pytest
 import torch
-from runs import FASTCL, OPTIONS, SMALL, losses
+from short_runs import FASTCL, OPTIONS, SMALL, losses
 
 pytest.importorskip("fastcl.train")
 
@@ -114,6 +114,11 @@ class TestStopping:
         monkeypatch.undo()
         prepare("simclr", out=tmp_path, epochs=4, resume=True, **SMALL).fit()
         assert len(losses(tmp_path)) == 4
+
+    def test_what_is_no_file_is_not_called_whole(self, tmp_path: Path) -> None:
+        (tmp_path / "simclr.ckpt").mkdir()
+        with pytest.raises(RunStoppedError, match=r"Is a directory.*, before the first checkpoint"):
+            prepare("simclr", out=tmp_path, epochs=1, overwrite=True, **SMALL).fit()
 
     def test_a_real_write_error_is_an_os_error_and_leaves_no_file_behind(self, tmp_path: Path) -> None:
         """A limit on the size of files stands for the end of the disk."""

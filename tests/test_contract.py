@@ -56,8 +56,8 @@ def test_signature(name):
 
 
 def test_statistics_are_named():
-    names = {"lse_neg", "lse_pos", "pos_sum", "pos_count", "max_neg", "columns"}
-    assert names <= {field.name for field in fields(fastcl.SimilarityStats)}
+    names = ["lse_neg", "lse_pos", "pos_sum", "pos_count", "max_neg", "columns"]
+    assert [field.name for field in fields(fastcl.SimilarityStats)] == names
     assert list(inspect.signature(fastcl.SimilarityStats.merge).parameters) == ["self", "other"]
 
 

@@ -13,6 +13,7 @@ from test_recipes import RECIPES
 
 import fastcl
 from fastcl import testing
+from fastcl.backends.registry import BACKENDS
 
 ROOT = DOCS.parent
 PAGES = [*catalogue.losses(), *catalogue.recipes()]
@@ -151,6 +152,12 @@ def test_links_into_the_tree_lead_somewhere(name):
         path, _, anchor = link.partition("#")
         assert (ROOT / path).exists(), link
         assert not anchor or anchor in anchors_of(ROOT / (path or name)), link
+
+
+def test_every_backend_is_told_of():
+    assert "{{ backends }}" in (DOCS / "backends.md").read_text().splitlines()
+    told = re.findall(r"^\| `(\w+)` \|", tables.backends("backends.md"), re.MULTILINE)
+    assert sorted(told) == sorted(BACKENDS)
 
 
 def test_tables_are_whole():

@@ -237,7 +237,7 @@ def test_targets_under_which_keys_are_used_equally(steps):
 def test_bad_pair_sets():
     query, key = rows(N, 21), rows(M, 22)
     bad = {
-        "a bool mask": {"positive": A.int()},
+        "a bool mask, or a list of such, got a 2-dimensional tensor of torch.int32": {"positive": A.int()},
         r"shape \(30, 70\)": {"exclude": A[1:]},
         "from -1 to 69": {"exclude_keys": NAMED.masked_fill(NAMED == -1, 70)},
         "exclude_keys must be an int64": {"exclude_keys": NAMED.int()},

@@ -84,7 +84,7 @@ class Attention {
         const Block block{begin, std::min(kept.block, first + count - begin), kept.block, b, 0};
         add_block(*products, block, kept, {key_begin, rows}, factors, sum, scratch);
       }
-      emit(key_begin, rows, sum);
+      emit(key_begin, rows, sum, scratch);
     });
   }
 
@@ -243,13 +243,10 @@ Attended<T> attend_with_keys(const Problem<T>& problem, const RowFactor<T>& fact
   const int64_t width = attention.width();
   Partials<T> all;  // of the keys, unless they are summed in one go
   if (strip || chunk < queries) all = make_partials<T>(1, keys, width);
-  auto emit_rows = [&](int64_t begin, int64_t rows, T* sum) {
-    for (int64_t r = 0; r < rows; r++) emit(begin + r, sum + r * width);
-  };
   if (strip) {
     attention.attend_in_strips(strip, factor, factors.get(), all);
-    for_each_range(keys, kKeyRows, [&](int64_t begin, int64_t end, Scratch&) {
-      emit_rows(begin, end - begin, all.row(0, begin));
+    for_each_range(keys, kKeyRows, [&](int64_t begin, int64_t end, Scratch& scratch) {
+      emit(begin, end - begin, all.row(0, begin), scratch);
     });
     return std::move(attention.result());
   }
@@ -265,9 +262,10 @@ Attended<T> attend_with_keys(const Problem<T>& problem, const RowFactor<T>& fact
       if (first == 0) std::fill_n(sum, rows * width, T(0));
       return sum;
     };
-    attention.sum_keys(first, count, kept, factors.get(), sums, [&](int64_t key, int64_t rows, T* sum) {
-      if (first + count == queries) emit_rows(key, rows, sum);
-    });
+    auto emit_last = [&](int64_t key_begin, int64_t rows, T* sum, Scratch& scratch) {
+      if (first + count == queries) emit(key_begin, rows, sum, scratch);
+    };
+    attention.sum_keys(first, count, kept, factors.get(), sums, emit_last);
   }
   return std::move(attention.result());
 }

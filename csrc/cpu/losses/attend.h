@@ -24,10 +24,10 @@ Attended<T> attend(const Problem<T>& problem, Selector<T>* selector = nullptr);
 // max, sum): what multiplies row i's weights for the keys' sums.
 template <class T>
 using RowFactor = std::function<T(int64_t, T, T)>;
-// sums(j, sum) receives sum_i factor_i exp2(l_ij - max_i) x_i, padded to whole vectors, to do with as it
-// likes.
+// sums(j, count, sum, scratch) receives sum_i factor_i exp2(l_ij - max_i) x_i of keys j to j + count, at most
+// kMaxTile, padded to whole vectors, to do with as it likes.
 template <class T>
-using KeySums = std::function<void(int64_t, T*)>;
+using KeySums = std::function<void(int64_t, int64_t, T*, Scratch&)>;
 template <class T>
 bool weights_fit(const Problem<T>& problem);
 template <class T>

@@ -66,11 +66,12 @@ class Loss {
     if (!assigned()) positive_ = unit_rows<T>({args_.positive}, args_.normalize);
     if (!keys_given()) {
       problem_.key = positive_.as_rows();
-    } else if (args_.normalize_negatives || result_.negatives || assigned()) {
-      negatives_ = unit_rows<T>({args_.negatives}, args_.normalize_negatives);
+    } else if (args_.normalize_negatives && rows_ > kMaxBlock) {  // each is read often
+      negatives_ = unit_rows<T>({args_.negatives}, true);
       problem_.key = negatives_.as_rows();
     } else {
-      problem_.key = key_rows<T>(args_.negatives);
+      negatives_ = inverse_norms<T>(args_.negatives, args_.normalize_negatives);
+      problem_.key = key_rows<T>(args_.negatives, negatives_.inverse.get());
     }
   }
 
@@ -78,15 +79,17 @@ class Loss {
   void set_assigned() {
     const int64_t keys = negatives_.count;
     positive_.count = rows_;
-    positive_.width = negatives_.width;
-    positive_.stride = negatives_.stride;
+    positive_.width = query_.width;
+    positive_.stride = query_.stride;
     positive_.rows = allocate<T>(rows_ * positive_.stride);
     first_assigned_ = allocate_filled<int64_t>(keys + 1, 0);
     assigned_ = allocate<int64_t>(rows_);
+    Scratch scratch;
     for (int64_t i = 0; i < rows_; i++) {
       const int64_t key = args_.query_ids[i];
       if (key < 0 || key >= keys) throw std::out_of_range("assigned names a row that is not there");
-      std::copy_n(negatives_.row(key), positive_.stride, positive_.row(i));
+      int64_t stride;
+      std::copy_n(problem_.key.tile(key, 1, kKeySlot, scratch, &stride), positive_.stride, positive_.row(i));
       first_assigned_[key + 1]++;
     }
     std::partial_sum(first_assigned_.get(), first_assigned_.get() + keys + 1, first_assigned_.get());
@@ -182,13 +185,12 @@ class Loss {
         pair_sums(problem_, row_weights, column_weights,
                   {query_wanted, keys_wanted && !problem_.symmetric, false, result_.scale != nullptr}, kept);
     finish([&](int64_t i, T* sum) { add_parts(sums.query, i, sum); });
+    const int64_t width = sums.key.width;
     for_each_range(sums.key.rows, kRowGrain, [&](int64_t begin, int64_t end, Scratch& scratch) {
-      T* const sum = scratch.take<T>(kQuerySlot, sums.key.width);
-      for (int64_t i = begin; i < end; i++) {
-        std::fill_n(sum, sums.key.width, T(0));
-        add_parts(sums.key, i, sum);
-        write_key(i, sum);
-      }
+      T* const sum = scratch.take<T>(kSumSlot, kRowGrain * width);
+      std::fill_n(sum, (end - begin) * width, T(0));
+      for (int64_t i = begin; i < end; i++) add_parts(sums.key, i, sum + (i - begin) * width);
+      write_keys(begin, end - begin, sum, scratch);
     });
     if (sums.scale) *result_.scale = *sums.scale - positives_pull();
   }
@@ -206,7 +208,10 @@ class Loss {
     auto factor = [&](int64_t i, T max, T sum) {
       return weight_factor(add_loss(i, max, sum, T(1)), max, sum);
     };
-    finish_attended(attend_with_keys<T>(problem_, factor, [&](int64_t i, T* sum) { write_key(i, sum); }));
+    auto emit = [&](int64_t begin, int64_t count, T* sums, Scratch& scratch) {
+      write_keys(begin, count, sums, scratch);
+    };
+    finish_attended(attend_with_keys<T>(problem_, factor, emit));
   }
 
   void run_frozen_keys() {
@@ -252,19 +257,24 @@ class Loss {
     write_gradients<T>(positive_, scale, pulled, rows_of(result_.positive, width), nullptr);
   }
 
-  // The gradient of key i, which may be a positive, from its sum as a negative; in place.
-  void write_key(int64_t i, T* sum) {
-    const UnitRows<T>& unit = keys_given() ? negatives_ : positive_;
-    auto pull = [&](int64_t query) {
-      kernels<T>().add_scaled(sum, query_.row(query), -pull_[query], query_.stride);
-    };
-    if (assigned()) {
-      pull_assigned(i, sum);
-    } else if (!keys_given()) {
-      pull(i);
+  // The gradients of `count` keys, which may be positives, from their sums as negatives; in place.
+  void write_keys(int64_t begin, int64_t count, T* sums, Scratch& scratch) {
+    const T* const inverse = keys_given() ? negatives_.inverse.get() : positive_.inverse.get();
+    T* const out = keys_given() ? result_.negatives : result_.positive;
+    const int64_t width = problem_.key.width, padded = query_.stride;
+    int64_t stride;
+    const T* const unit = problem_.key.tile(begin, count, kKeySlot, scratch, &stride);
+    for (int64_t i = begin; i < begin + count; i++) {
+      T* const sum = sums + (i - begin) * padded;
+      if (assigned()) {
+        pull_assigned(i, sum);
+      } else if (!keys_given()) {
+        kernels<T>().add_scaled(sum, query_.row(i), -pull_[i], padded);
+      }
+      row_gradient(unit + (i - begin) * stride, padded, inverse ? inverse + i : nullptr,
+                   static_cast<T>(args_.scale), sum);
+      std::copy_n(sum, width, out + i * width);
     }
-    input_gradient(unit, i, static_cast<T>(args_.scale), sum);
-    std::copy_n(sum, unit.width, (keys_given() ? result_.negatives : result_.positive) + i * unit.width);
   }
 
   // Adds the queries whose positive is key i, in blocks: the error does not grow with their number.

@@ -19,11 +19,7 @@ struct Softmax {
   Softmax(const SoftmaxCall& call, bool normalize, Precision precision)
       : query(unit_rows<T>({call.query}, normalize)), key(inverse_norms<T>(call.key, normalize)) {
     problem.query = query.as_rows();
-    problem.key = key_rows<T>(call.key);
-    if (normalize) {
-      problem.key.direct = false;
-      problem.key.factor = key.inverse.get();
-    }
+    problem.key = key_rows<T>(call.key, key.inverse.get());
     problem.scale2 = static_cast<T>(call.scale * kLog2E);
     if constexpr (std::is_same_v<T, float>) {
       if (call.scale == 0) return;

@@ -1,5 +1,6 @@
 #include "cpu/run/plan.h"
 
+#include <bit>
 #include <utility>
 
 namespace fastcl::cpu {
@@ -9,7 +10,7 @@ namespace {
 constexpr int64_t kBlock = 256;
 constexpr int64_t kMinTasks = 6;  // at a time, where a block has kMinBlock rows at least
 constexpr int64_t kMinBlock = 64;
-constexpr int64_t kMinPart = 1536;  // keys, so that a part's own sums cost little
+constexpr int64_t kPart = 1536;  // keys at most, unless tasks are many; a part's own sums then cost little
 constexpr int64_t kMaxTasks = 32;
 constexpr int64_t kMaxGroups = 64;  // of a side; half as many tasks of a symmetric problem run at a time
 constexpr int64_t kMaxCopies = 16;  // each is zeroed, filled and added up
@@ -59,7 +60,8 @@ std::vector<std::pair<int64_t, int64_t>> rounds(const Groups& long_side, const G
 
 int64_t parts_of_keys(int64_t queries, int64_t keys) {
   const int64_t blocks = std::max<int64_t>(ceil_div(queries, kMaxBlock), 1);
-  return std::clamp<int64_t>(ceil_div(keys, kMinPart), 1, std::max<int64_t>(kMaxTasks / blocks, 1));
+  const auto parts = std::bit_ceil(static_cast<uint64_t>(ceil_div(keys, kPart)));  // as many for each thread
+  return std::min(static_cast<int64_t>(parts), std::max<int64_t>(kMaxTasks / blocks, 1));
 }
 
 Plan make_plan(int64_t queries, int64_t keys, bool symmetric) {

@@ -70,10 +70,10 @@ UnitRows<T> unit_rows(std::initializer_list<Input> inputs, bool normalize) {
 }
 
 template <class T>
-Rows<T> key_rows(const Input& input) {
+Rows<T> key_rows(const Input& input, const T* factor) {
   const bool same = input.dtype == (sizeof(T) == 4 ? DType::float32 : DType::float64);
-  return {input.data,  input.dtype, input.stride,
-          input.count, input.width, same && input.width % kernels<T>().vector == 0};
+  const bool direct = same && !factor && input.width % kernels<T>().vector == 0;
+  return {input.data, input.dtype, input.stride, input.count, input.width, direct, factor};
 }
 
 int bfloat16_parts(std::initializer_list<DType> dtypes, Precision precision) {
@@ -169,7 +169,7 @@ SoftPlus<T> softplus(T x) {
   template UnitRows<T> unit_rows<T>(std::initializer_list<Input>, bool); \
   template UnitRows<T> inverse_norms<T>(const Input&, bool);             \
   template T row_gradient<T>(const T*, int64_t, const T*, T, T*);        \
-  template Rows<T> key_rows<T>(const Input&);                            \
+  template Rows<T> key_rows<T>(const Input&, const T*);                  \
   template T input_gradient<T>(const UnitRows<T>&, int64_t, T, T*);      \
   template SoftPlus<T> softplus<T>(T);
 FASTCL_INSTANTIATE(float)

@@ -36,9 +36,10 @@ UnitRows<T> unit_rows(std::initializer_list<Input> inputs, bool normalize);
 template <class T>
 UnitRows<T> inverse_norms(const Input& input, bool normalize);
 
-// Rows used as they are, without a copy: converted tile by tile unless they are T already.
+// Rows used as they are, without a copy: converted tile by tile unless they are T already. `factor` (null: 1)
+// multiplies each as it is read.
 template <class T>
-Rows<T> key_rows(const Input& input);
+Rows<T> key_rows(const Input& input, const T* factor = nullptr);
 
 // How products of float32 rows may be made, as torch.set_float32_matmul_precision says; the Python side's
 // numbers. The products of bfloat16 rows are exact as they are.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 from pathlib import Path
 
@@ -108,6 +109,17 @@ class TestSources:
         assert (tmp_path / "out" / "embedding.png").exists()
         with pytest.raises(ValueError, match="data must have labels for supcon"):
             prepare("supcon", data=str(tree), out=tmp_path / "new", **TINY)
+
+    def test_folders_whose_links_lead_back_count_once(self, tmp_path: Path) -> None:
+        labelled = make_tree(tmp_path / "labelled", 8)
+        unlabelled = make_tree(tmp_path / "unlabelled", 8)
+        (unlabelled / "train").rename(unlabelled / "photos")
+        (unlabelled / "test").rename(unlabelled / "more")
+        for tree, part in ((labelled, "train/cat"), (unlabelled, "photos/cat")):
+            for name in ("again", "and again"):
+                (tree / part / name).symlink_to(tree / part)
+            images = prepare("simclr", data=str(tree), out=tmp_path / "out", **TINY).source.train
+            assert len(images) == (16 if tree == labelled else 32)
 
     def test_training_images_alone_have_labels_and_no_evaluation(self, tmp_path: Path) -> None:
         tree = make_tree(tmp_path / "tree", 8)
@@ -256,6 +268,15 @@ class TestBadInput:
         run = prepare("simclr", data=str(tree), out=tmp_path / "new", **options, max_unreadable=1)
         with pytest.raises(RunStoppedError, match="2 images could not be read"):
             run.fit()
+
+    def test_a_pipe_is_not_waited_for(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        tree = make_tree(tmp_path / "tree", 8)
+        pipe = tree / "train" / "cat" / "0000.png"
+        pipe.unlink()
+        os.mkfifo(pipe)
+        run = prepare("simclr", data=str(tree), out=tmp_path / "out", **TINY)
+        assert run.source.train.labels.bincount().tolist() == [7, 8]
+        assert f"skipped {pipe}: not a regular file" in capsys.readouterr().err
 
     @pytest.mark.parametrize("content", [b"", b"\0\0\x08\x01\0\0\0\x09short"])
     def test_damaged_idx_files(

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -110,9 +109,18 @@ def _has_classes(part: Path) -> bool:
 
 
 def _images(folder: Path) -> list[Path]:
-    """All image files below ``folder``, in order."""
-    found = (Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
-    return sorted(path for path in found if path.name.lower().endswith(IMG_EXTENSIONS))
+    """All image files below ``folder``, in order; a folder that links lead to again counts once."""
+    found: list[Path] = []
+    entered: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders.sort()
+        found += [Path(place, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+    return sorted(found)
 
 
 def _unlabelled(folder: Path) -> Tree:
@@ -123,13 +131,12 @@ def _unlabelled(folder: Path) -> Tree:
 
 
 def _labelled(part: Path) -> Tree:
-    try:
-        files = ImageFolder(str(part))
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"data must have a folder of images per class: {str(error).splitlines()[0]}"
-        ) from error
-    return Tree([Path(path) for path, _ in files.samples], torch.tensor(files.targets), tuple(files.classes))
+    files = {folder.name: _images(folder) for folder in sorted(part.iterdir()) if folder.is_dir()}
+    empty = next((part / name for name, images in files.items() if not images), None if files else part)
+    if empty is not None:
+        raise ValueError(f"data must have a folder of images per class, {empty} holds none")
+    labels = [label for label, images in enumerate(files.values()) for _ in images]
+    return Tree([path for images in files.values() for path in images], torch.tensor(labels), tuple(files))
 
 
 def _first_size(files: Tree) -> int:

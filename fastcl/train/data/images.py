@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -136,6 +137,8 @@ Images = MemoryImages | FileImages
 def read_image(path: Path, size: int | None = None) -> Image.Image | Problem:
     """An RGB image, cropped and scaled to a square if ``size`` is given; or why it cannot be read."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            return Problem(path, "not a regular file")
         with Image.open(path) as file:
             image = file.convert("RGB")
     except _READ_ERRORS as error:

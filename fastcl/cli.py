@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +55,9 @@ def _train(arguments: Sequence[str]) -> None:
         try:
             run.fit()
         except RunStoppedError as stop:
-            _fail("train", str(stop), status=1)
+            _stop(stop)
+    except KeyboardInterrupt:
+        _stop("stopped by SIGINT")
     except (argparse.ArgumentError, ValueError, ModuleNotFoundError) as error:
         _fail("train", error)
 
@@ -66,6 +69,12 @@ def _export(checkpoint: Path, out: Path) -> None:
         print(export(checkpoint, out))
     except (ValueError, ModuleNotFoundError) as error:
         _fail("export", error)
+
+
+def _stop(why: object) -> None:
+    """An interrupt that is repeated would fill the rest of the process with tracebacks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _fail("train", why, status=1)
 
 
 def _fail(command: str, error: object, *, status: int = 2) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastcl.train.data.images import TooManyUnreadableError
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LOOKED_AT_EVERY = 50  # steps
 
 
@@ -99,6 +99,7 @@ class CleanStop(Callback):
         try:
             yield
         except BaseException as error:
+            _handle(signal.SIG_IGN)
             if self.received is not None:  # an interrupted library may raise an error of its own
                 _end_other_ranks(trainer)
                 raise RunStoppedError(self._message(f"by {self.received.name}")) from error
@@ -133,5 +134,7 @@ def _end_other_ranks(trainer: Trainer) -> None:
 
 
 def _handle(handler: Callable[[int, Any], object] | signal.Handlers) -> dict[signal.Signals, Any]:
-    """What handled the signals before."""
-    return {number: signal.signal(number, handler) for number in _SIGNALS}
+    """What handled the signals before; where ``nohup`` has SIGHUP ignored, it stays so."""
+    hang_up = signal.getsignal(signal.SIGHUP)
+    handled = (x for x in _SIGNALS if x != signal.SIGHUP or hang_up != signal.SIG_IGN)
+    return {number: signal.signal(number, handler) for number in handled}

@@ -8,12 +8,15 @@ import os
 import resource
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 import torch
 from short_runs import FASTCL, OPTIONS, SMALL, losses
+
+from fastcl.cli import main
 
 pytest.importorskip("fastcl.train")
 
@@ -49,12 +52,45 @@ class TestStopping:
         checkpoint = tmp_path / "simclr.ckpt"
         assert process.stdout is not None
         assert any(line.startswith("epoch 10/") for line in process.stdout)
-        process.send_signal(signal.SIGINT)  # the tests of runs in this process send SIGTERM
+        while process.poll() is None:  # the tests of runs in this process send SIGTERM, once
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.05)
         _, err = process.communicate(timeout=240)
         assert process.returncode == 1, err
         assert f"stopped by SIGINT; {checkpoint} is whole" in err.splitlines()[-1]
         assert "Traceback" not in err
         assert torch.load(checkpoint, weights_only=True)["epoch"] >= 8
+
+    def test_a_signal_before_the_first_step_is_no_traceback(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Python's own handler raises a KeyboardInterrupt, here while the data are read."""
+        monkeypatch.setattr("fastcl.train.data.choice.read_digits", lambda settings: signal.raise_signal(2))
+        before = signal.getsignal(signal.SIGINT)
+        with pytest.raises(SystemExit) as stop:
+            main(["train", "simclr", *OPTIONS, f"--out={tmp_path}"])
+        signal.signal(signal.SIGINT, before)
+        assert stop.value.code == 1
+        assert capsys.readouterr().err == "fastcl train: error: stopped by SIGINT\n"
+
+    def test_a_terminal_that_goes_away_stops_a_run_unless_it_was_started_with_nohup(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def hang_up() -> None:
+            os.kill(os.getpid(), signal.SIGHUP)
+
+        run = prepare("simclr", out=tmp_path, epochs=1, **SMALL)
+        run.method.on_train_epoch_start = hang_up
+        with pytest.raises(RunStoppedError, match="stopped by SIGHUP"):
+            run.fit()
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            run = prepare("simclr", out=tmp_path, epochs=1, overwrite=True, **SMALL)
+            run.method.on_train_epoch_start = hang_up
+            run.fit()
+        finally:
+            signal.signal(signal.SIGHUP, before)
+        assert len(losses(tmp_path)) == 1
 
     @pytest.mark.parametrize("becomes", [None, ValueError("a library's own")])
     def test_a_signal_that_a_library_swallowed_stops_the_run_all_the_same(

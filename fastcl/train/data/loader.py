@@ -53,7 +53,7 @@ class Loader:
             num_workers=images.workers,
             collate_fn=images.collate,  # type: ignore[arg-type]
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=_ignore_terminal,
         )
         self.unreadable = unreadable
 
@@ -66,7 +66,8 @@ class Loader:
             yield images, labels, indices
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """An interrupt from the keyboard reaches the workers too, but it is the main process that ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_terminal(worker: int) -> None:
+    """A terminal's signals reach the workers too, but it is the main process that ends them."""
+    for of_terminal in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(of_terminal, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

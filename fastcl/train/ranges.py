@@ -23,13 +23,15 @@ class Range:
 
     def __str__(self) -> str:
         if self.high < math.inf:
-            return f"between {self.low:g} and {self.high:g}"
-        return f"{'above' if self.open else 'at least'} {self.low:g}"
+            return f"between {self.low} and {self.high}"
+        return f"{'above' if self.open else 'at least'} {self.low}"
 
 
 PositiveInt = Annotated[int, Range(1)]
+Several = Annotated[int, Range(2)]
 NonNegativeInt = Annotated[int, Range(0)]
 PositiveFloat = Annotated[float, Range(0, open=True)]
+Temperature = Annotated[float, Range(1e-6)]  # less would weigh float32's rounding of cosines
 NonNegativeFloat = Annotated[float, Range(0)]
 ClosedUnitInterval = Annotated[float, Range(0, 1)]
 PositiveInts = Annotated[tuple[int, ...], Range(1)]
@@ -42,7 +44,7 @@ _ACCEPTED: dict[Any, tuple[type, ...]] = {
     int: (int, str),
     float: (int, float, str),
     bool: (bool, str),
-    str: (str,),
+    str: (str, Path),
     Path: (str, Path),
     tuple: (str, int, list, tuple),
 }
@@ -103,6 +105,8 @@ def _ranges(option: Any) -> list[Range]:
 def _converted(kind: Any, value: Any) -> Any:
     if not isinstance(value, _ACCEPTED[kind]) or (isinstance(value, bool) and kind is not bool):
         raise TypeError
+    if value == "":
+        raise ValueError
     if kind is bool:
         return _TRUTHS[str(value).lower()]
     if kind is tuple:

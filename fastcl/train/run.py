@@ -34,11 +34,13 @@ from fastcl.train.methods import METHODS
 from fastcl.train.methods.base import Method
 from fastcl.train.monitor import Bar, EpochFeatures, Lines, Monitor, SeedEpochs
 from fastcl.train.optimizers import Optimization
+from fastcl.train.ranges import checked
 from fastcl.train.schedules import scheduled
 from fastcl.train.settings import RunSettings
 from fastcl.train.stopping import CleanStop
 from fastcl.train.times import StepTimes
 
+_ACCELERATORS = ("auto", "cpu", "gpu")
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
@@ -56,7 +58,7 @@ def prepare(method: str, **options: Any) -> Run:
     """
     check_choice("method", method, tuple(METHODS))
     chosen = METHODS[method]
-    data = str(options.get("data", chosen.data))
+    data = checked("data", str, options.get("data", chosen.data))
     return Run(method, chosen.settings(**{**chosen.defaults(kind(data)), **options}))
 
 
@@ -81,6 +83,7 @@ class Run:
 
     def __post_init__(self) -> None:
         settings = self.settings
+        _check_accelerator(settings)
         _check_precision(settings)
         _check_processes(settings)
         self.folder = ResultsFolder(self.name, settings)
@@ -210,6 +213,12 @@ def _on_cpu(settings: RunSettings) -> bool:
     return settings.accelerator == "cpu" or not torch.cuda.is_available()
 
 
+def _check_accelerator(settings: RunSettings) -> None:
+    check_choice("accelerator", settings.accelerator, _ACCELERATORS)
+    if settings.accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise ValueError("accelerator must be 'auto' or 'cpu' on a machine without a GPU, got 'gpu'")
+
+
 def _check_precision(settings: RunSettings) -> None:
     check_choice("precision", settings.precision, _PRECISIONS)
     if settings.precision == "16-mixed" and _on_cpu(settings):
@@ -243,6 +252,8 @@ def _initialize(method: Method, state: Mapping[str, Tensor], path: Path | None) 
 
 def _check_batches(settings: RunSettings, available: int) -> None:
     smallest = 2 * settings.processes
+    if available < smallest:
+        raise ValueError(f"data must have at least {smallest} training samples, got {available}")
     if not smallest <= settings.batch_size <= available:
         raise ValueError(
             f"batch_size must be between {smallest} and {available}, the number of training samples, "

@@ -13,8 +13,13 @@ from fastcl.train.ranges import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Range,
+    Several,
+    Temperature,
     checked,
 )
+
+SMALL_CROP_MIN = 0.05  # share of an image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +48,7 @@ class RunSettings:
         "Checkpoint to start from, of fastcl train or in MoCo's official layout: all of it for the same "
         "method, else the encoder.",
     ] = None
-    dim: Annotated[PositiveInt, "Width of the projection, on which the loss is computed."]
+    dim: Annotated[Several, "Width of the projection, on which the loss is computed."]
     epochs: Annotated[PositiveInt, "Passes over the training samples."]
     batch_size: Annotated[PositiveInt, "Samples per step, over all processes."]
     encode_chunk: Annotated[
@@ -54,7 +59,9 @@ class RunSettings:
     lr: Annotated[PositiveFloat, "Highest learning rate, per 256 samples of the batch."]
     weight_decay: Annotated[NonNegativeFloat, "Weight decay, at the start."]
     weight_decay_end: Annotated[NonNegativeFloat | None, "At the end; null: constant."] = None
-    warmup_epochs: Annotated[NonNegativeInt, "Epochs in which the learning rate rises."]
+    warmup_epochs: Annotated[
+        NonNegativeInt, "Epochs in which the learning rate rises; not if there are no more."
+    ]
     evaluate_every: Annotated[NonNegativeInt, "Epochs between evaluations; 0: none, not even at the end."]
     accelerator: Annotated[str, "Lightning's: 'auto', 'cpu', 'gpu'."] = "auto"
     devices: Annotated[PositiveInt, "Processes on this machine, each on a device of its own."] = 1
@@ -62,7 +69,7 @@ class RunSettings:
         PositiveInt, "Machines, each with as many processes; start one on each with torchrun."
     ] = 1
     precision: Annotated[str, "Lightning's: '32-true', 'bf16-mixed', '16-mixed'."] = "32-true"
-    seed: Annotated[NonNegativeInt, "Seed of the initial weights, the batches and the views."] = 0
+    seed: Annotated[int, Range(0, 2**32 - 1), "Seed of the initial weights, the batches and the views."] = 0
 
     def __post_init__(self) -> None:
         types = get_type_hints(type(self), include_extras=True)
@@ -102,7 +109,8 @@ class Settings(RunSettings):
         PositiveInt, "Channels of the first stage of resnet8, 14 and 20; a quarter of vit_tiny's."
     ] = 32
     image_size: Annotated[
-        PositiveInt | None, "Side of the images; null: up to 64 pixels the images' own, 224 for larger ones."
+        Several | None,
+        "Side of the images (not for digits); null: up to 64 pixels the images' own, 224 for larger ones.",
     ] = None
     crop_min: Annotated[ClosedUnitInterval, "Smallest share of an image in a crop (not for digits)."]
     jitter: Annotated[NonNegativeFloat, "Strength of the colour jitter (not for digits)."]
@@ -110,9 +118,11 @@ class Settings(RunSettings):
     small_crops: Annotated[
         NonNegativeInt, "Views besides the usual two, of a small part of the image (not for digits)."
     ] = 0
-    small_crop_size: Annotated[PositiveInt | None, "Side of those; null: 3/7 of the image's."] = None
+    small_crop_size: Annotated[Several | None, "Side of those; null: 3/7 of the image's."] = None
     small_crop_max: Annotated[
-        ClosedUnitInterval, "Largest share of an image in those; the smallest is 0.05."
+        float,
+        Range(SMALL_CROP_MIN, 1),
+        f"Largest share of an image in those; the smallest is {SMALL_CROP_MIN}.",
     ] = 0.14
     neighbours: Annotated[PositiveInt, "Neighbours that vote in the nearest-neighbour evaluation."]
     limit: Annotated[
@@ -133,8 +143,8 @@ class Settings(RunSettings):
 class ContrastiveSettings(Settings):
     """Those of methods whose loss has a temperature."""
 
-    temperature: Annotated[PositiveFloat, "Temperature of the loss, at the start."]
-    temperature_end: Annotated[PositiveFloat | None, "At the end; null: constant."] = None
+    temperature: Annotated[Temperature, "Temperature of the loss, at the start."]
+    temperature_end: Annotated[Temperature | None, "At the end; null: constant."] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -228,6 +228,14 @@ class TestBadInput:
         tree = make_tree(tmp_path / "tree", 8, classes=("cat",))
         assert "at least 2 classes" in self.refused(tree, tmp_path, capsys)
 
+    @pytest.mark.parametrize(("size", "options"), [(1, ()), (2, ()), (7, ("--small-crops=1",))])
+    def test_images_of_whose_crops_no_view_can_be_made(
+        self, size: int, options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        tree = make_tree(tmp_path / "tree", size)
+        assert f"got images of {size} pixel(s) a side" in self.refused(tree, tmp_path, capsys, *options)
+        prepare("simclr", data=str(tree), out=tmp_path / "out", **TINY, image_size=8, small_crops=1).fit()
+
     def test_classes_that_differ(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         tree = make_tree(tmp_path / "tree", 8)
         (tree / "test" / "dog").rename(tree / "test" / "wolf")

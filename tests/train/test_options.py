@@ -36,7 +36,11 @@ class TestCommandLine:
             (["--epochs", "many"], "error: epochs must be a whole number, got 'many'"),
             (["--batch-size", "2.5"], "error: batch_size must be a whole number, got '2.5'"),
             (["--temperature", "warm"], "error: temperature must be a number, got 'warm'"),
-            (["--temperature", "0"], "error: temperature must be above 0, got 0.0"),
+            (["--temperature", "1e-30"], "error: temperature must be at least 1e-06, got 1e-30"),
+            (["--lr", "0"], "error: lr must be above 0, got 0.0"),
+            (["--seed", "9999999999"], "error: seed must be between 0 and 4294967295, got 9999999999"),
+            (["--dim", "1"], "error: dim must be at least 2, got 1"),
+            (["--small-crop-max", "0.01"], "error: small_crop_max must be between 0.05 and 1, got 0.01"),
             (["--crop-min", "7"], "error: crop_min must be between 0 and 1, got 7.0"),
             (["--lr", "nan"], "error: lr must be a number, got 'nan'"),
             (["--blur", "maybe"], "error: blur must be true or false, got 'maybe'"),
@@ -48,6 +52,13 @@ class TestCommandLine:
             (["--num-nodes", "2"], "num_nodes must be 1 unless torchrun starts the processes, got 2"),
             (["--resume", "--overwrite"], "resume and overwrite exclude each other"),
             (["--small-crops", "2"], "small_crops must be 0 for digits, got 2"),
+            (["--jitter", "0.4"], "jitter must be 0.0 for digits, got 0.4"),
+            (["--image-size", "16"], "image_size must be null for digits, got 16"),
+            (["--limit", "1"], "data must have at least 2 training samples, got 1"),
+            (["--accelerator", "tpu"], "accelerator must be one of 'auto', 'cpu', 'gpu', got 'tpu'"),
+            (["--accelerator", "gpu"], "'auto' or 'cpu' on a machine without a GPU, got 'gpu'"),
+            (["--data="], "error: data must be a text, got ''"),
+            (["--out="], "error: out must be a path, got ''"),
             (["--nonsense", "1"], "--nonsense"),
             (["--config", "missing.yaml"], "missing.yaml"),
             (["--out", __file__], "out must be a folder to write to"),
@@ -64,6 +75,21 @@ class TestCommandLine:
         assert len(output.err.splitlines()) == 1
         assert output.out == ""
         assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        ("method", "options", "said"),
+        [
+            ("swav", {"prototypes": 1}, "prototypes must be at least 2, got 1"),
+            ("dino", {"target_temperature_end": 0}, "target_temperature_end must be at least 1e-06, got 0"),
+            ("deepcluster", {"clusters": 1}, "clusters must be at least 2, got 1"),
+            ("clip", {"temperature": 1e-30}, "temperature must be at least 1e-06, got 1e-30"),
+        ],
+    )
+    def test_a_methods_own_options_are_checked(
+        self, method: str, options: dict[str, object], said: str, tmp_path: Path
+    ) -> None:
+        with pytest.raises(ValueError, match=said):
+            prepare(method, out=tmp_path, **options)
 
     def test_a_file_may_give_texts_and_must_give_options(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]

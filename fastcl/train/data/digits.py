@@ -16,9 +16,18 @@ from fastcl.train.data.images import MemoryImages
 from fastcl.train.data.sources import Source, in_memory
 from fastcl.train.settings import Settings
 
+_PHOTOS = {"image_size": None, "crop_min": 1.0, "jitter": 0.0, "blur": False, "small_crops": 0}
+
 
 def read_digits(settings: Settings) -> Source:
-    """scikit-learn's 1797 real handwritten digits, 8x8 pixels, a fifth of them for testing."""
+    """scikit-learn's 1797 real handwritten digits, 8x8 pixels, a fifth of them for testing.
+
+    Raises:
+        ValueError: options of other images' size and views.
+    """
+    for name, value in _PHOTOS.items():
+        if (given := getattr(settings, name)) != value:
+            raise ValueError(f"{name} must be {'null' if value is None else value} for digits, got {given}")
     pixels, labels = load_digits(return_X_y=True)
     images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 16
     classes = torch.from_numpy(labels)
@@ -28,8 +37,6 @@ def read_digits(settings: Settings) -> Source:
             torch.arange(len(images)), test_size=0.2, stratify=labels, random_state=0, shuffle=True
         )
     )
-    if settings.small_crops:
-        raise ValueError(f"small_crops must be 0 for digits, got {settings.small_crops}")
     source = in_memory(settings, train, test, tuple(map(str, range(10))))
     return replace(source, augment=[augment_digits] * 2, normalize=lambda images: images)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from fastcl.train.data.images import Images, MemoryImages, Unreadable
 from fastcl.train.data.photos import normalize, photo_augmentation
-from fastcl.train.settings import Settings
+from fastcl.train.settings import SMALL_CROP_MIN, Settings
 
-_SMALL_CROP_MIN = 0.05
+_NARROWEST = 3 / 4  # crop's width, by its height
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,13 +46,24 @@ class Source:
 def in_memory(
     settings: Settings, train: MemoryImages, test: MemoryImages | None, classes: Sequence[str]
 ) -> Source:
-    """The source of images that are read already, within ``settings.limit``."""
+    """The source of images that are read already, within ``settings.limit``.
+
+    Raises:
+        ValueError: images so small that a crop can be a single pixel wide, of which no view can be made.
+    """
     train = _chosen(train, long_tailed(train.labels, settings.limit, settings.imbalance))
     kept = None if test is None else _chosen(test, first_per_class(test.labels, settings.limit))
     channels, size = train.images.shape[1], settings.image_size or train.images.shape[-1]
+    views = crops(settings, size)
+    side, share = min(train.images.shape[-2:]), min(smallest for _, (smallest, _) in views)
+    if side * math.sqrt(share * _NARROWEST) < 1.5:
+        raise ValueError(
+            f"data must be images whose smallest crops, {share:g} of their area, are 2 pixels wide, "
+            f"got images of {side} pixel(s) a side"
+        )
     augment = [
-        photo_augmentation(side, crop=crop, jitter=settings.jitter, blur=settings.blur)
-        for side, crop in crops(settings, size)
+        photo_augmentation(view, crop=crop, jitter=settings.jitter, blur=settings.blur)
+        for view, crop in views
     ]
     unreadable = Unreadable(settings.max_unreadable)
     return Source(train, train, kept, tuple(classes), augment, normalize, channels, size, unreadable)
@@ -70,8 +82,8 @@ def crops(settings: Settings, size: int) -> list[tuple[int, tuple[float, float]]
 
     Caron et al. 2020, https://arxiv.org/abs/2006.09882, for the small ones.
     """
-    small = settings.small_crop_size or max(1, round(size * 3 / 7))
-    shares = (_SMALL_CROP_MIN, settings.small_crop_max)
+    small = settings.small_crop_size or max(2, round(size * 3 / 7))
+    shares = (SMALL_CROP_MIN, settings.small_crop_max)
     return [(size, (settings.crop_min, 1.0))] * 2 + [(small, shares)] * settings.small_crops
 
 

@@ -15,7 +15,7 @@ from fastcl.train.methods.base import Augment, Batch, Rows
 from fastcl.train.methods.registry import register
 from fastcl.train.methods.sides import TwoSided
 from fastcl.train.optimizers import Optimization
-from fastcl.train.ranges import PositiveFloat
+from fastcl.train.ranges import Temperature
 from fastcl.train.settings import GlyphSettings
 
 _DEFAULT = Optimization("adamw", lr=5e-4, weight_decay=0.2)
@@ -26,7 +26,7 @@ _LARGEST_SCALE = 100.0
 class CLIPSettings(GlyphSettings):
     """CLIP's own."""
 
-    temperature: Annotated[PositiveFloat, "Temperature of the loss, at the start; it is learned."]
+    temperature: Annotated[Temperature, "Temperature of the loss, at the start; it is learned."]
 
 
 @register(

@@ -15,7 +15,7 @@ from fastcl.train.evaluate.features import Features, joined, summed
 from fastcl.train.methods.base import Augment, Batch, Method, Rows
 from fastcl.train.methods.registry import Recipe, register
 from fastcl.train.optimizers import Optimization
-from fastcl.train.ranges import PositiveInt
+from fastcl.train.ranges import Several
 from fastcl.train.settings import Settings
 
 _DEFAULT = Optimization("sgd", lr=0.05, weight_decay=1e-5)
@@ -25,7 +25,7 @@ _DEFAULT = Optimization("sgd", lr=0.05, weight_decay=1e-5)
 class DeepClusterSettings(Settings):
     """DeepCluster's own."""
 
-    clusters: Annotated[PositiveInt, "Clusters, which are the classes of an epoch."]
+    clusters: Annotated[Several, "Clusters, which are the classes of an epoch."]
 
 
 _RECIPE: Recipe = {

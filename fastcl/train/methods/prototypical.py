@@ -13,7 +13,7 @@ import fastcl
 from fastcl.train.methods.base import Augment, Batch, Rows
 from fastcl.train.methods.siamese import Siamese, SiameseSettings
 from fastcl.train.optimizers import Optimization
-from fastcl.train.ranges import NonNegativeInt, PositiveFloat, PositiveInt
+from fastcl.train.ranges import NonNegativeInt, Several, Temperature
 from fastcl.train.schedules import Value
 from fastcl.train.settings import ContrastiveSettings
 
@@ -22,9 +22,9 @@ from fastcl.train.settings import ContrastiveSettings
 class PrototypicalSettings(SiameseSettings, ContrastiveSettings):
     """The options of methods with trained prototypes."""
 
-    prototypes: Annotated[PositiveInt, "Trained prototypes, to which crops are softly assigned."]
-    target_temperature: Annotated[PositiveFloat, "Temperature of the predicted assignments, at the start."]
-    target_temperature_end: Annotated[PositiveFloat | None, "At the end; null: constant."] = None
+    prototypes: Annotated[Several, "Trained prototypes, to which crops are softly assigned."]
+    target_temperature: Annotated[Temperature, "Temperature of the predicted assignments, at the start."]
+    target_temperature_end: Annotated[Temperature | None, "At the end; null: constant."] = None
     frozen_epochs: Annotated[NonNegativeInt, "Epochs before the prototypes are trained."] = 1
 
 

@@ -13,7 +13,7 @@ from fastcl.train.methods.base import Augment, Batch, Rows
 from fastcl.train.methods.registry import register
 from fastcl.train.methods.sides import TwoSided
 from fastcl.train.optimizers import Optimization
-from fastcl.train.ranges import PositiveFloat
+from fastcl.train.ranges import Temperature
 from fastcl.train.settings import DefinitionSettings
 
 _DEFAULT = Optimization("adamw", lr=3e-5, weight_decay=0.0)
@@ -23,7 +23,7 @@ _DEFAULT = Optimization("adamw", lr=3e-5, weight_decay=0.0)
 class SimCSESettings(DefinitionSettings):
     """SimCSE's own."""
 
-    temperature: Annotated[PositiveFloat, "Temperature of the loss."] = 0.05
+    temperature: Annotated[Temperature, "Temperature of the loss."] = 0.05
 
 
 @register(

@@ -64,14 +64,18 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: no such file, or not a checkpoint.
     """
+    damaged = f"{path} is not a checkpoint, or a damaged one"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ValueError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+        if error.filename is None:  # of the content rather than the file
+            raise ValueError(damaged) from error
+        raise ValueError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a checkpoint, or a damaged one") from error
-    if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("state_dict"), Mapping):
-        raise ValueError(f"{path} is not a checkpoint: it holds no 'state_dict'")
+        raise ValueError(damaged) from error
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
+    if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
+        raise ValueError(f"{path} is not a checkpoint of a run, which holds the weights as its 'state_dict'")
     return dict(checkpoint)
 
 
@@ -89,7 +93,7 @@ def read_initial(path: Path) -> dict[str, Tensor]:
         and, if there, 'encoder_k.*', 'queue' and 'queue_ptr'.
 
     Raises:
-        ValueError: no such file, or another layout.
+        ValueError: no such file, another layout, or an encoder of no finite numbers.
     """
     state = read(path)["state_dict"]
     state = {name.removeprefix("module."): x for name, x in state.items()}
@@ -98,6 +102,9 @@ def read_initial(path: Path) -> dict[str, Tensor]:
             f"{path} is neither of fastcl train nor in MoCo's official layout: it holds neither "
             "'encoder.*' nor 'module.encoder_q.*'"
         )
+    for name, x in state.items():
+        if name.startswith("encoder") and not x.isfinite().all():
+            raise ValueError(f"{path} holds weights that are no finite numbers: {name!r}")
     return state
 
 

@@ -78,6 +78,8 @@ class ResultsFolder:
             shutil.rmtree(out / "tensorboard", ignore_errors=True)
             if self.settings.resume:
                 print(f"no checkpoint in {out} yet: starting from the beginning")
+        elif self.settings.init is not None:
+            print(f"going on from {self.checkpoint}, not from {self.settings.init}")
         (out / "config.yaml").write_text(yaml.safe_dump(self.options(), sort_keys=False))
 
     def options(self) -> dict[str, object]:

@@ -88,7 +88,7 @@ class Run:
         _check_processes(settings)
         self.folder = ResultsFolder(self.name, settings)
         optimization = _optimization(settings)
-        initial = None if settings.init is None else checkpoints.read_initial(settings.init)
+        initial = None if settings.init is None or self.resumes else checkpoints.read_initial(settings.init)
         domain = DOMAINS[settings.for_data()]
         self.source = domain.load(settings)
         _check_batches(settings, len(self.source.train))

@@ -1,4 +1,4 @@
-"""Checkpoints that are exported for torchvision."""
+"""Checkpoints that runs start from, and those that are exported for torchvision."""
 
 from __future__ import annotations
 
@@ -15,6 +15,27 @@ pytest.importorskip("fastcl.train")  # makes torchvision importable
 import torchvision
 
 from fastcl.train import MoCo, SimCLR, make_encoder
+from fastcl.train.checkpoints import read_initial
+
+
+class TestInitial:
+    def test_what_no_run_can_start_from_is_said_plainly(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.ckpt"
+        weights = {"encoder.0.weight": torch.ones(100, 100)}
+        torch.save({"state_dict": weights}, path)
+        whole = path.read_bytes()
+        assert read_initial(path).keys() == weights.keys()
+        for length in (0, 10, 1000, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:length])
+            with pytest.raises(ValueError, match=r"x.ckpt is not a checkpoint, or a damaged one$"):
+                read_initial(path)
+        torch.save(weights, path)
+        with pytest.raises(ValueError, match=r"not a checkpoint of a run, which holds the weights as its"):
+            read_initial(path)
+        weights["encoder.0.weight"][3, 4] = torch.nan
+        torch.save({"state_dict": weights}, path)
+        with pytest.raises(ValueError, match=r"weights that are no finite numbers: 'encoder.0.weight'$"):
+            read_initial(path)
 
 
 class TestExport:

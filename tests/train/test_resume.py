@@ -106,6 +106,15 @@ class TestResume:
         prepare("simclr", out=tmp_path, epochs=1, resume=True, **SMALL).fit()
         assert metrics(tmp_path) == first
 
+    def test_a_run_that_goes_on_says_that_it_does_not_start_from_other_weights(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        prepare("simclr", out=tmp_path, epochs=1, **SMALL).fit()
+        gone = tmp_path / "gone.ckpt"
+        capsys.readouterr()
+        prepare("simclr", out=tmp_path, epochs=1, resume=True, init=gone, **SMALL).fit()
+        assert f"going on from {tmp_path / 'simclr.ckpt'}, not from {gone}" in capsys.readouterr().out
+
     def test_without_a_checkpoint_the_run_starts_from_the_beginning(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

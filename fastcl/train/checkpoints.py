@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 from collections.abc import Mapping
@@ -33,7 +34,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 @uninterrupted()
 def write_atomically(path: Path, content: object) -> None:
-    """``torch.save`` to ``path``, which is replaced only once the whole content is on the disk."""
+    """``torch.save`` to ``path``, which is replaced only once the whole content is on the disk.
+
+    Raises:
+        OSError: it cannot be written, or is there and is no regular file.
+    """
+    _check_regular(path)
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with temporary.open("wb") as file:
@@ -48,6 +54,12 @@ def write_atomically(path: Path, content: object) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _check_regular(path: Path) -> None:
+    """Raise for a folder, a pipe, which would be waited for, and a device, which would be replaced."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def _sync_folder(folder: Path) -> None:
@@ -66,6 +78,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     damaged = f"{path} is not a checkpoint, or a damaged one"
     try:
+        _check_regular(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         if error.filename is None:  # of the content rather than the file
@@ -74,7 +87,9 @@ def read(path: Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(damaged) from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(x, Tensor) for name, x in state.items()
+    ):
         raise ValueError(f"{path} is not a checkpoint of a run, which holds the weights as its 'state_dict'")
     return dict(checkpoint)
 
@@ -172,6 +187,8 @@ def export(checkpoint: Path, out: Path) -> str:
             break
     else:
         raise ValueError(f"{checkpoint} holds no encoder of {', '.join(RESNETS)}: nothing to export")
+    if out.exists() and out.samefile(checkpoint):
+        raise ValueError(f"cannot write {out}: it is the checkpoint")
     try:
         write_atomically(out, full)
     except OSError as error:

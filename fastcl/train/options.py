@@ -51,7 +51,7 @@ def _from_file(method: str, arguments: Sequence[str]) -> dict[str, Any]:
     try:
         with open(config) as file:
             content = yaml.safe_load(file)
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"config must be a YAML file, got {config}: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"config must be a YAML file of options, got {config}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ pytest.importorskip("fastcl.train")  # makes torchvision importable
 
 import torchvision
 
-from fastcl.train import MoCo, SimCLR, make_encoder
+from fastcl.train import MoCo, SimCLR, export, make_encoder
 from fastcl.train.checkpoints import read_initial
 
 
@@ -68,10 +69,14 @@ class TestExport:
             {"state_dict": SimCLR(encoder, features, nn.Identity()).state_dict()}, tmp_path / "small.ckpt"
         )
         (tmp_path / "text.ckpt").write_text("no checkpoint")
+        torch.save({"state_dict": {3: torch.ones(1), "encoder.0.weight": 3}}, tmp_path / "numbers.ckpt")
+        os.mkfifo(tmp_path / "pipe")
         cases = (
             ("missing.ckpt", "cannot read the checkpoint"),
             ("text.ckpt", "is not a checkpoint"),
             ("small.ckpt", "holds no encoder of resnet18"),
+            ("numbers.ckpt", "is not a checkpoint of a run"),
+            ("pipe", "pipe: not a regular file"),
         )
         for name, expected in cases:
             with pytest.raises(SystemExit) as stop:
@@ -80,3 +85,19 @@ class TestExport:
             (line,) = capsys.readouterr().err.splitlines()
             assert expected in line
         assert not (tmp_path / "out.pt").exists()
+
+    def test_neither_the_checkpoint_nor_what_is_no_file_is_replaced(self, tmp_path: Path) -> None:
+        encoder, features = make_encoder("resnet18", 32)
+        checkpoint = tmp_path / "simclr.ckpt"
+        torch.save({"state_dict": SimCLR(encoder, features, nn.Identity()).state_dict()}, checkpoint)
+        os.mkfifo(tmp_path / "pipe")  # stands for /dev/null
+        for out, said in (
+            (checkpoint, "it is the checkpoint"),
+            (tmp_path / "pipe", "not a regular file"),
+            (tmp_path, "not a regular file"),
+            (Path(), "not a regular file"),
+        ):
+            with pytest.raises(ValueError, match=f"cannot write {out}: {said}"):
+                export(checkpoint, out)
+        assert (tmp_path / "pipe").is_fifo()
+        assert "state_dict" in torch.load(checkpoint, weights_only=True)

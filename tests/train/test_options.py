@@ -101,8 +101,9 @@ class TestCommandLine:
             ("- 3\n", "config must be a YAML file of options"),
             ("epochs: -3\n", "epochs must be at least 1, got -3"),
             ("epochs: true\n", "epochs must be a whole number, got True"),
+            ("\x80", "config must be a YAML file, got "),
         ):
-            config.write_text(content)
+            config.write_text(content, "latin-1")
             with pytest.raises(SystemExit):
                 main(["train", "simclr", f"--config={config}", f"--out={tmp_path / 'out'}"])
             (line,) = capsys.readouterr().err.splitlines()

@@ -112,7 +112,7 @@ class Run:
         """Train, evaluating on the way, and write the results.
 
         Raises:
-            RunStoppedError: by a signal, a full disk, too many unreadable images or a diverging loss;
+            RunStoppedError: by a signal, full disk or memory, too many unreadable images or a diverging loss;
                 :meth:`fit` of the same settings with ``resume=True`` goes on from the last checkpoint.
         """
         settings, times = self.settings, StepTimes()

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -48,8 +49,11 @@ class _DivergedError(Exception):
     """A loss that is no finite number."""
 
 
+_CAUSES = (OSError, MemoryError, torch.OutOfMemoryError, TooManyUnreadableError, _DivergedError)
+
+
 class CleanStop(Callback):
-    """Turns signals, a full disk, unreadable images and a diverging loss into :class:`RunStoppedError`.
+    """Turns signals, full disk or memory, unreadable images and divergence into :class:`RunStoppedError`.
 
     Args:
         checkpoint: the file that a resumed run goes on from.
@@ -93,7 +97,7 @@ class CleanStop(Callback):
         """What happens inside ends cleanly.
 
         Raises:
-            RunStoppedError: by a signal, a full disk, too many unreadable images or a diverging loss.
+            RunStoppedError: by a signal, full disk or memory, too many unreadable images or a diverging loss.
         """
         previous = self._install(trainer)
         try:
@@ -103,7 +107,7 @@ class CleanStop(Callback):
             if self.received is not None:  # an interrupted library may raise an error of its own
                 _end_other_ranks(trainer)
                 raise RunStoppedError(self._message(f"by {self.received.name}")) from error
-            if not isinstance(error, (OSError, TooManyUnreadableError, _DivergedError)):
+            if not isinstance(error, _CAUSES):
                 raise
             _end_other_ranks(trainer)
             if isinstance(error, _DivergedError) and not trainer.is_global_zero:

@@ -151,6 +151,16 @@ class TestStopping:
         prepare("simclr", out=tmp_path, epochs=4, resume=True, **SMALL).fit()
         assert len(losses(tmp_path)) == 4
 
+    def test_a_gpu_out_of_memory_is_one_line(self, tmp_path: Path) -> None:
+        run = prepare("simclr", out=tmp_path, epochs=1, **SMALL)
+
+        def full(batch: object, batch_idx: int) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        run.method.training_step = full
+        with pytest.raises(RunStoppedError, match="stopped by an error: CUDA out of memory, before the"):
+            run.fit()
+
     def test_what_is_no_file_is_not_called_whole(self, tmp_path: Path) -> None:
         (tmp_path / "simclr.ckpt").mkdir()
         with pytest.raises(RunStoppedError, match=r"Is a directory.*, before the first checkpoint"):

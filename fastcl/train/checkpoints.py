@@ -162,7 +162,7 @@ def check_weights(state: Mapping[str, Tensor], needed: Mapping[str, Tensor]) -> 
             raise ValueError(f"{name!r} is {tuple(state[name].shape)} in it, here {tuple(x.shape)}")
 
 
-def export(checkpoint: Path, out: Path) -> str:
+def export(checkpoint: str | Path, out: str | Path) -> str:
     """Write the backbone of a training checkpoint as a torchvision ``state_dict``.
 
     The classifier ``fc``, which no contrastive method trains, is there for ``load_state_dict``'s sake, all 0.
@@ -177,6 +177,7 @@ def export(checkpoint: Path, out: Path) -> str:
     Raises:
         ValueError: not such a checkpoint, or a file that cannot be written.
     """
+    checkpoint, out = Path(checkpoint), Path(out)
     backbone = entries(read(checkpoint)["state_dict"], "encoder.")
     small_stem = "conv1.weight" in backbone and backbone["conv1.weight"].shape[-1] == 3
     for arch in RESNETS:

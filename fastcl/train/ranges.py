@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -41,8 +42,8 @@ _KINDS = {
     tuple: "whole numbers such as 20,10",
 }
 _ACCEPTED: dict[Any, tuple[type, ...]] = {
-    int: (int, str),
-    float: (int, float, str),
+    int: (Integral, str),
+    float: (Real, str),
     bool: (bool, str),
     str: (str, Path),
     Path: (str, Path),
@@ -74,7 +75,7 @@ def checked(name: str, option: Any, value: Any) -> Any:
         raise ValueError(f"{name} must be {_KINDS[kinds[0]]}, got nothing")
     try:
         result = _converted(kinds[0], value)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):
         raise ValueError(f"{name} must be {_KINDS[kinds[0]]}, got {value!r}") from None
     for bounds in _ranges(option):
         if any(x not in bounds for x in (result if isinstance(result, tuple) else [result])):
@@ -105,7 +106,7 @@ def _ranges(option: Any) -> list[Range]:
 def _converted(kind: Any, value: Any) -> Any:
     if not isinstance(value, _ACCEPTED[kind]) or (isinstance(value, bool) and kind is not bool):
         raise TypeError
-    if value == "":
+    if isinstance(value, (str, list, tuple)) and not value:
         raise ValueError
     if kind is bool:
         return _TRUTHS[str(value).lower()]

@@ -98,6 +98,6 @@ class TestExport:
             (Path(), "not a regular file"),
         ):
             with pytest.raises(ValueError, match=f"cannot write {out}: {said}"):
-                export(checkpoint, out)
+                export(str(checkpoint), str(out))
         assert (tmp_path / "pipe").is_fifo()
         assert "state_dict" in torch.load(checkpoint, weights_only=True)

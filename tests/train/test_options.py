@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fastcl.cli import main
@@ -27,6 +28,7 @@ class TestCommandLine:
         ("arguments", "said"),
         [
             (["--data", "cats"], "'fashion-mnist' or a folder, got 'cats'"),
+            (["--data", "c" * 5000], "ccc': there is no such folder"),
             (["--arch", "vgg"], "'vit_base', got 'vgg'"),
             (["--arch", "resnet18"], "for images of 1 channel(s), got 'resnet18'"),
             (["--optimizer", "adam"], "optimizer must be one of 'lars', 'sgd', 'adamw', got 'adam'"),
@@ -81,6 +83,8 @@ class TestCommandLine:
         [
             ("swav", {"prototypes": 1}, "prototypes must be at least 2, got 1"),
             ("dino", {"target_temperature_end": 0}, "target_temperature_end must be at least 1e-06, got 0"),
+            ("pcl", {"clusters": ()}, r"clusters must be whole numbers such as 20,10, got \(\)"),
+            ("simclr", {"lr": 10**400}, "lr must be a number, got 10000"),
             ("deepcluster", {"clusters": 1}, "clusters must be at least 2, got 1"),
             ("clip", {"temperature": 1e-30}, "temperature must be at least 1e-06, got 1e-30"),
         ],
@@ -113,10 +117,12 @@ class TestCommandLine:
             **{"weight_decay": "1e-3", "blur": False, "epochs": "8"},
         }
 
-    def test_python_may_give_texts_too(self, tmp_path: Path) -> None:
+    def test_python_may_give_texts_and_numpys_numbers_too(self, tmp_path: Path) -> None:
         settings = prepare("simclr", out=str(tmp_path / "x"), epochs="3", weight_decay="1e-3").settings
         assert settings.out == tmp_path / "x"
         assert (settings.epochs, settings.weight_decay) == (3, 1e-3)
+        settings = prepare("simclr", out=tmp_path, epochs=np.int64(3), lr=np.float32(0.5)).settings
+        assert [(type(x), x) for x in (settings.epochs, settings.lr)] == [(int, 3), (float, 0.5)]
         with pytest.raises(ValueError, match="epochs must be at least 1, got -3"):
             prepare("simclr", out=tmp_path, epochs=-3)
         with pytest.raises(TypeError, match="nonsense"):

@@ -80,7 +80,7 @@ def _parts(folder: Path) -> tuple[Tree, Tree | None]:
     Raises:
         ValueError: no such folder, no images in it, or parts that do not go together.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         names = ", ".join(map(repr, ("digits", *DOWNLOADS)))
         raise ValueError(f"data must be {names} or a folder, got {str(folder)!r}: there is no such folder")
     part = next((part for part in ("test", "val") if (folder / part).is_dir()), None)

@@ -31,13 +31,12 @@ UnitRows<T> inverse_norms(const Input& input, bool normalize) {
   unit.count = input.count;
   if (!normalize) return unit;
   unit.inverse = allocate<T>(input.count);
+  const Rows<T> rows = key_rows<T>(input);
   for_each_range(input.count, kRowGrain, [&](int64_t begin, int64_t end, Scratch& scratch) {
-    T* const row = scratch.take<T>(kQuerySlot, unit.stride);
-    for (int64_t i = begin; i < end; i++) {
-      kernels<T>().load_rows(row, unit.stride, input.row(i), input.dtype, input.stride, 1, input.width,
-                             nullptr);
-      unit.inverse[i] = inverse_norm(row, unit.stride);
-    }
+    int64_t stride;
+    const T* const some = rows.tile(begin, end - begin, kQuerySlot, scratch, &stride);
+    for (int64_t i = begin; i < end; i++)
+      unit.inverse[i] = inverse_norm(some + (i - begin) * stride, unit.stride);
   });
   return unit;
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
@@ -12,6 +13,7 @@ from fastcl.similarity.checks import check_choice
 from fastcl.train.schedules import Cosine, Value, value_at
 
 _TIMM_NAMES = {"lars": "lars", "sgd": "momentum", "adamw": "adamw"}
+_TIMM_OPTIONS: dict[str, dict[str, Any]] = {"adamw": {"fused": True}}  # a step of CLIP takes a tenth less
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Optimization:
             1.0,  # stands for the weight decay, which set_rates gives to the groups that have any
             momentum=0.9,
             filter_bias_and_bn=self.name == "lars",
+            **_TIMM_OPTIONS.get(self.name, {}),
         )
         for group in optimizer.param_groups:
             group["is_decayed"], group["is_steady"] = bool(group["weight_decay"]), False

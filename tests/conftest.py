@@ -22,10 +22,12 @@ settings.load_profile("same cases every run")
 
 @pytest.fixture
 def threads():
-    """Sets how many threads torch uses, until the end of the test."""
-    before = torch.get_num_threads()
+    """Sets how many threads torch uses, until the end of the test, in which torch may add up in any order."""
+    before, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
     yield torch.set_num_threads
     torch.set_num_threads(before)
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def pytest_configure(config):

@@ -38,7 +38,7 @@ def triplet_loss(
 ) -> Tensor:
     """``max(0, d_pos - d_neg + margin)`` of unit rows' squared distances, with one mined negative each.
 
-    FaceNet, Schroff et al. 2015, https://arxiv.org/abs/1503.03832.
+    FaceNet, Schroff et al. 2015, https://arxiv.org/abs/1503.03832. A zero row's squared distances are 2.
 
     Args:
         anchor: (N, D), any floating dtype; normalized inside.
@@ -115,7 +115,8 @@ def batch_hard_triplet_loss(
 ) -> Tensor:
     """``max(0, d_pos - d_neg + margin)``: each row's farthest positive and nearest negative in the batch.
 
-    Squared distances between unit rows. Hermans et al. 2017, https://arxiv.org/abs/1703.07737.
+    Squared distances between unit rows; a zero row's are 2. Hermans et al. 2017,
+    https://arxiv.org/abs/1703.07737.
 
     Args:
         features: (N, D), any floating dtype; normalized inside.
@@ -155,7 +156,9 @@ def batch_hard_triplet_loss(
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
-    return (a - b).square().sum(dim=1)
+    """Squared, of unit rows; a zero row is as far from all as an orthogonal one, as it is ranked."""
+    zeros = (a == 0).all(dim=1).to(a.dtype) + (b == 0).all(dim=1).to(a.dtype)
+    return (a - b).square().sum(dim=1) + zeros
 
 
 def _distance_to(rows: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:

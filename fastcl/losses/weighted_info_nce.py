@@ -72,7 +72,9 @@ def weighted_info_nce(
         y = y if group is None else gather_rows(y, counts, group)
         named = targets >= 0
         padded = torch.cat([y, y.new_zeros(1, y.shape[1])])  # where padding points to
-        logits = (padded[targets.where(named, y.shape[0])] @ x[:, :, None]).squeeze(2) * scale.to(x.dtype)
+        rows = targets.where(named, y.shape[0])
+        own = padded.index_select(0, rows.flatten()).reshape(*rows.shape, y.shape[1])  # (N, k, D)
+        logits = (own @ x[:, :, None]).squeeze(2) * scale.to(x.dtype)
         once = named & ~_named_before(targets)
         joined = logits.masked_fill(~once, -torch.inf)
         stats = similarity_stats(x, y, scale=scale, rule=PairRule(exclude_keys=targets)).join(

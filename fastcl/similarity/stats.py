@@ -127,7 +127,7 @@ def similarity_stats(
         key: (M, D), same dtype.
         scale: a finite number, or a tensor of one element.
         rule: which pairs are excluded, positive and negative; by default all are negative.
-        normalize: divide rows by their L2 norm first (a zero row stays zero).
+        normalize: divide rows by their L2 norm first, or by 1e-12 if that is larger (a zero row stays zero).
         key_bias: (M,), added to the logits of each key.
         key_scale: (M,), multiplies the similarities of each key.
         columns: also return the statistics of each key over the queries.

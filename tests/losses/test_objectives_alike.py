@@ -111,6 +111,17 @@ def test_frozen_sides_cost_no_gradient(name):
         assert not function(*inputs).requires_grad
 
 
+@pytest.mark.parametrize("name", [name for name, made in OBJECTIVES.items() if made.any_count])
+def test_the_same_bits_for_any_number_of_threads(name, threads):
+    function, shapes = of(name)
+    inputs = [x.float() for x in rows(*((320, 130) for _ in shapes))]
+    threads(1)
+    one = testing.value_and_grads(function, inputs)
+    for count in (2, 2, 5):  # what two threads add in any order may come out right once
+        threads(count)
+        torch.testing.assert_close(testing.value_and_grads(function, inputs), one, rtol=0, atol=0)
+
+
 @every_objective
 def test_one_graph_serves_all_batch_sizes(name):
     function, shapes = of(name)

@@ -80,6 +80,20 @@ def test_batch_hard(classes, backend):
     same(fastcl.batch_hard_triplet_loss(z, labels), exact.sum() / max(counted, 1), [z])
 
 
+def test_a_zero_row_is_as_far_as_an_orthogonal_one(backend):
+    """In what is mined and in what is paid: squared distances are 2 - 2 cos."""
+    anchor = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    positive = torch.tensor([[0.28, 0.96], [0.6, 0.8]])
+    negatives = torch.tensor([[0.0, 0.0], [-0.6, 0.8]])
+    hard = fastcl.triplet_loss(anchor, positive, negatives, margin=0.5, mining="hard", reduction="none")
+    torch.testing.assert_close(hard, torch.tensor([1.44 - 2 + 0.5, 0.5]).clamp_min(0))
+    semi_hard = fastcl.triplet_loss(anchor[:1], positive[:1], negatives[:1], margin=1.0)
+    torch.testing.assert_close(semi_hard, torch.tensor(1.44 - 2 + 1.0))
+    batch = torch.cat([anchor, positive[:1]])
+    losses = fastcl.batch_hard_triplet_loss(batch, torch.tensor([0, 1, 0]), margin=1.0, reduction="none")
+    torch.testing.assert_close(losses, torch.tensor([1.44 - 2 + 1.0, 0.0, 1.44 - 2 + 1.0]))
+
+
 def test_bad_options():
     a = rows(3, 4)
     with pytest.raises(ValueError, match="mining"):

@@ -103,8 +103,7 @@ def read_glyphs() -> Glyphs:
         if path.name.startswith((_TRAINED, _HELD_OUT)):
             font = ImageFont.truetype(str(path), _FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
             for code in FT2Font(str(path)).get_charmap():
-                image = _drawn(chr(code), font)
-                if unicodedata.name(chr(code), "") and image.any():
+                if unicodedata.name(chr(code), "") and (image := _drawn(chr(code), font)).any():
                     images.append(image)
                     codes.append(code)
                     held_out.append(path.name.startswith(_HELD_OUT))
@@ -143,8 +142,9 @@ def distorted(images: Tensor, strength: float) -> Tensor:
         images, turn=10 * strength, shear=0.2 * strength, scale=0.25 * strength, shift=0.1 * strength
     )
     weight = torch.empty(len(images), 1, 1, 1, device=images.device).uniform_(-strength, strength)
-    bolder, lighter = max_pool2d(warps, 3, 1, 1), -max_pool2d(-warps, 3, 1, 1)
-    return warps + weight.clamp(min=0) * (bolder - warps) - weight.clamp(max=0) * (lighter - warps)
+    sign = weight.sign()
+    strokes = sign * max_pool2d(sign * warps, 3, 1, 1)  # bolder, or lighter where the sign is -1
+    return warps + weight.abs() * (strokes - warps)
 
 
 def _drawn(character: str, font: ImageFont.FreeTypeFont) -> NDArray[Any]:

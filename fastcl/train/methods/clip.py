@@ -34,7 +34,7 @@ class CLIPSettings(GlyphSettings):
     "images and their texts find each other among the batch (Radford et al. 2021, arXiv 2103.00020)",
     settings=CLIPSettings,
     recipe={
-        "glyphs": {"temperature": 0.07, "epochs": 12, "batch_size": 512, "lr": 3e-3, "weight_decay": 0.2}
+        "glyphs": {"temperature": 0.07, "epochs": 11, "batch_size": 512, "lr": 3e-3, "weight_decay": 0.2}
     },
 )
 class CLIP(TwoSided):

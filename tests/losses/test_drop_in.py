@@ -28,6 +28,12 @@ def call(query=ROWS, key=KEYS, *rest, autocast=False, **options):
     return run
 
 
+def zero_rows_gradient(module):
+    rows = ROWS.index_fill(0, torch.tensor([1]), 0).requires_grad_()
+    module.info_nce(rows, KEYS).backward()
+    return rows.grad[1].abs().max()
+
+
 def is_nan(loss):
     return bool(loss.isnan())
 
@@ -79,6 +85,7 @@ DIFFERENCES = {
         (call(ROWS.bfloat16(), KEYS.bfloat16()), of(torch.bfloat16), of(torch.float32)),
     ],
     "a zero row in float16": [(call(ZERO_ROW, KEYS.half()), is_nan, is_a_loss)],
+    "the gradient of a zero row": [(zero_rows_gradient, lambda x: x > 1e10, lambda x: x == 0)],
     "float32 rows whose squares overflow": [(call(ROWS * 1e25), is_off, is_right)],
     "a loss below the precision of 1": [
         (call(torch.eye(4), torch.eye(4), temperature=0.05), lambda x: x == 0, lambda x: 0 < x < 1e-8),

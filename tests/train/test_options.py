@@ -38,6 +38,7 @@ class TestCommandLine:
             (["--epochs", "many"], "error: epochs must be a whole number, got 'many'"),
             (["--batch-size", "2.5"], "error: batch_size must be a whole number, got '2.5'"),
             (["--temperature", "warm"], "error: temperature must be a number, got 'warm'"),
+            (["--temperature", "0"], "error: temperature must be at least 1e-06, got 0.0"),
             (["--temperature", "1e-30"], "error: temperature must be at least 1e-06, got 1e-30"),
             (["--lr", "0"], "error: lr must be above 0, got 0.0"),
             (["--seed", "9999999999"], "error: seed must be between 0 and 4294967295, got 9999999999"),

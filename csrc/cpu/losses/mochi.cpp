@@ -171,14 +171,13 @@ void mochi(const Mochi<T>& args, const MochiResult<T>& result) {
         mixer.add_weighted(query.row(i), max, sum);
         const T factor = weight_factor(loss.slope, max, total);
         for (int64_t d = 0; d < stride; d++) sum[d] = sum[d] * factor - loss.slope * positive.row(i)[d];
-        const T radial = input_gradient(query, i, static_cast<T>(args.scale), sum);
+        T* const out = result.query ? result.query + i * width : sum;
+        const T radial = input_gradient(query, i, static_cast<T>(args.scale), sum, out);
         if (result.scale) result.scale[i] = radial;
-        if (result.query) std::copy_n(sum, width, result.query + i * width);
       }
       if (result.positive) {
         for (int64_t d = 0; d < stride; d++) sum[d] = -loss.slope * query.row(i)[d];
-        input_gradient(positive, i, static_cast<T>(args.scale), sum);
-        std::copy_n(sum, width, result.positive + i * width);
+        input_gradient(positive, i, static_cast<T>(args.scale), sum, result.positive + i * width);
       }
     }
   });

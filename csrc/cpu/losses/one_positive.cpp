@@ -39,7 +39,7 @@ class Loss {
 
   void run() {
     const bool gradients = result_.query || result_.positive || result_.negatives || result_.scale;
-    const bool keys_wanted = keys_given() ? result_.negatives : result_.positive;
+    const bool keys_wanted = key_gradients();
     const bool two_sided = args_.layout == Layout::views || args_.layout == Layout::pairs;
     if (problem_.symmetric && rows_ <= kSingleTile)
       run_single_tile(gradients);
@@ -57,6 +57,7 @@ class Loss {
  private:
   bool assigned() const { return args_.layout == Layout::assigned; }
   bool keys_given() const { return args_.layout == Layout::negatives || assigned(); }
+  T* key_gradients() const { return keys_given() ? result_.negatives : result_.positive; }
 
   void set_keys() {
     if (args_.layout == Layout::views) {
@@ -257,24 +258,20 @@ class Loss {
     write_gradients<T>(positive_, scale, pulled, rows_of(result_.positive, width), nullptr);
   }
 
-  // The gradients of `count` keys, which may be positives, from their sums as negatives; in place.
+  // The gradients of `count` keys, which may be positives, from their sums as negatives, which it changes.
   void write_keys(int64_t begin, int64_t count, T* sums, Scratch& scratch) {
     const T* const inverse = keys_given() ? negatives_.inverse.get() : positive_.inverse.get();
-    T* const out = keys_given() ? result_.negatives : result_.positive;
-    const int64_t width = problem_.key.width, padded = query_.stride;
-    int64_t stride;
-    const T* const unit = problem_.key.tile(begin, count, kKeySlot, scratch, &stride);
+    const int64_t stride = query_.stride;
     for (int64_t i = begin; i < begin + count; i++) {
-      T* const sum = sums + (i - begin) * padded;
+      T* const sum = sums + (i - begin) * stride;
       if (assigned()) {
         pull_assigned(i, sum);
       } else if (!keys_given()) {
-        kernels<T>().add_scaled(sum, query_.row(i), -pull_[i], padded);
+        kernels<T>().add_scaled(sum, query_.row(i), -pull_[i], stride);
       }
-      row_gradient(unit + (i - begin) * stride, padded, inverse ? inverse + i : nullptr,
-                   static_cast<T>(args_.scale), sum);
-      std::copy_n(sum, width, out + i * width);
     }
+    write_key_gradients(problem_.key, inverse, static_cast<T>(args_.scale), begin, count, sums, stride,
+                        key_gradients(), scratch);
   }
 
   // Adds the queries whose positive is key i, in blocks: the error does not grow with their number.

@@ -330,21 +330,13 @@ void SoftTargets<T>::backward(const T* grad, const T* state, const T* kept,
 
 template <class T>
 void SoftTargets<T>::write_key(const Partials<T>& sums, T* out) const {
-  const Input& input = call_.views.key;
   const T scale = static_cast<T>(call_.views.scale);
-  const T* const inverse = views_.key.inverse.get();
-  for_each_range(input.count, kRowGrain, [&](int64_t begin, int64_t end, Scratch& scratch) {
-    const int64_t width = views_.key.stride;
-    T* const unit = scratch.take<T>(kQuerySlot, 2 * width);
-    T* const sum = unit + width;
-    for (int64_t i = begin; i < end; i++) {
-      kernels<T>().load_rows(unit, width, input.row(i), input.dtype, input.stride, 1, input.width,
-                             inverse ? inverse + i : nullptr);
-      std::fill_n(sum, width, T(0));
-      add_parts(sums, i, sum);
-      row_gradient(unit, width, inverse ? inverse + i : nullptr, scale, sum);
-      std::copy_n(sum, input.width, out + i * input.width);
-    }
+  for_each_range(sums.rows, kRowGrain, [&](int64_t begin, int64_t end, Scratch& scratch) {
+    T* const sum = scratch.take<T>(kSumSlot, kRowGrain * sums.width);
+    std::fill_n(sum, (end - begin) * sums.width, T(0));
+    for (int64_t i = begin; i < end; i++) add_parts(sums, i, sum + (i - begin) * sums.width);
+    write_key_gradients(views_.problem.key, views_.key.inverse.get(), scale, begin, end - begin, sum,
+                        sums.width, out, scratch);
   });
 }
 

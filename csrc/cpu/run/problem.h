@@ -20,8 +20,8 @@ inline const void* row_of(const void* data, DType dtype, int64_t offset) {
   return static_cast<const char*>(data) + offset * bytes_of(dtype);
 }
 
-// Rows of one side. Either of T and padded to whole vectors, or converted tile by tile as they are read, each
-// times its factor then (null: 1).
+// Rows of one side, each to be read times its factor (null: 1). Those that are of T and of whole vectors
+// (`direct`) are used where they lie, unless they have factors; others are converted tile by tile.
 template <class T>
 struct Rows {
   const void* data = nullptr;
@@ -36,9 +36,11 @@ struct Rows {
   int64_t row_bytes() const { return width * bytes_of(dtype); }
   const void* source(int64_t i) const { return row_of(data, dtype, i * stride); }
 
+  Rows without_factors() const { return {data, dtype, stride, count, width, direct}; }
+
   // `rows` rows from `first` as T; out_stride receives their stride.
   const T* tile(int64_t first, int64_t rows, int slot, Scratch& scratch, int64_t* out_stride) const {
-    if (direct) {
+    if (direct && !factor) {
       *out_stride = stride;
       return row(first);
     }

@@ -71,7 +71,7 @@ UnitRows<T> unit_rows(std::initializer_list<Input> inputs, bool normalize) {
 template <class T>
 Rows<T> key_rows(const Input& input, const T* factor) {
   const bool same = input.dtype == (sizeof(T) == 4 ? DType::float32 : DType::float64);
-  const bool direct = same && !factor && input.width % kernels<T>().vector == 0;
+  const bool direct = same && input.width % kernels<T>().vector == 0;
   return {input.data, input.dtype, input.stride, input.count, input.width, direct, factor};
 }
 
@@ -144,17 +144,38 @@ BFloat16Sides bfloat16_sides(std::initializer_list<Input> query, const UnitRows<
   return sides;
 }
 
+namespace {
+
+// What the gradient of the unit row is multiplied by, and whether the row's length has no part in it.
 template <class T>
-T row_gradient(const T* unit, int64_t width, const T* inverse, T scale, T* sum) {
-  const T radial = kernels<T>().dot(unit, sum, width), factor = inverse ? *inverse : T(1);
-  const T along = inverse && factor < T(1e12) ? radial : T(0);
-  for (int64_t d = 0; d < width; d++) sum[d] = (sum[d] - unit[d] * along) * scale * factor;
-  return radial;
+struct Chain {
+  bool sphere;
+  T scale;
+
+  // `inverse`: the row's inverse norm, null without normalization.
+  Chain(const T* inverse, T scale)
+      : sphere(inverse && *inverse < T(1e12)), scale(inverse ? scale * *inverse : scale) {}
+};
+
+}  // namespace
+
+template <class T>
+T input_gradient(const UnitRows<T>& unit, int64_t i, T scale, const T* sum, T* out) {
+  const Chain<T> chain(unit.inverse ? unit.inverse.get() + i : nullptr, scale);
+  return kernels<T>().row_gradient(unit.row(i), T(1), sum, unit.width, chain.sphere, chain.scale, out);
 }
 
 template <class T>
-T input_gradient(const UnitRows<T>& unit, int64_t i, T scale, T* sum) {
-  return row_gradient(unit.row(i), unit.stride, unit.inverse ? unit.inverse.get() + i : nullptr, scale, sum);
+void write_key_gradients(const Rows<T>& keys, const T* inverse, T scale, int64_t begin, int64_t count,
+                         const T* sums, int64_t sums_stride, T* out, Scratch& scratch) {
+  int64_t stride;
+  const T* const rows = keys.without_factors().tile(begin, count, kKeySlot, scratch, &stride);
+  for (int64_t r = 0; r < count; r++) {
+    const int64_t i = begin + r;
+    const Chain<T> chain(inverse ? inverse + i : nullptr, scale);
+    kernels<T>().row_gradient(rows + r * stride, keys.factor ? keys.factor[i] : T(1), sums + r * sums_stride,
+                              keys.width, chain.sphere, chain.scale, out + i * keys.width);
+  }
 }
 
 template <class T>
@@ -164,12 +185,13 @@ SoftPlus<T> softplus(T x) {
   return {std::max(x, T(0)) + std::log1p(decay), (x >= 0 ? T(1) : decay) / (1 + decay)};
 }
 
-#define FASTCL_INSTANTIATE(T)                                            \
-  template UnitRows<T> unit_rows<T>(std::initializer_list<Input>, bool); \
-  template UnitRows<T> inverse_norms<T>(const Input&, bool);             \
-  template T row_gradient<T>(const T*, int64_t, const T*, T, T*);        \
-  template Rows<T> key_rows<T>(const Input&, const T*);                  \
-  template T input_gradient<T>(const UnitRows<T>&, int64_t, T, T*);      \
+#define FASTCL_INSTANTIATE(T)                                                                                \
+  template UnitRows<T> unit_rows<T>(std::initializer_list<Input>, bool);                                     \
+  template UnitRows<T> inverse_norms<T>(const Input&, bool);                                                 \
+  template Rows<T> key_rows<T>(const Input&, const T*);                                                      \
+  template T input_gradient<T>(const UnitRows<T>&, int64_t, T, const T*, T*);                                \
+  template void write_key_gradients<T>(const Rows<T>&, const T*, T, int64_t, int64_t, const T*, int64_t, T*, \
+                                       Scratch&);                                                            \
   template SoftPlus<T> softplus<T>(T);
 FASTCL_INSTANTIATE(float)
 FASTCL_INSTANTIATE(double)

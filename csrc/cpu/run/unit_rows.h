@@ -71,13 +71,15 @@ struct BFloat16Sides {
 BFloat16Sides bfloat16_sides(std::initializer_list<Input> query, const UnitRows<float>& unit,
                              const Input* key, const UnitRows<float>* key_unit, Precision precision);
 
-// Gradient of a row from `sum`, that of its unit row before the scale, in place; returns <unit row, sum>.
-// `inverse`: its inverse norm, null without normalization.
+// Gradient of input row i, into `out`, from `sum`, that of its unit row before the scale; returns
+// <unit row, sum>. `out` may be `sum`.
 template <class T>
-T row_gradient(const T* unit, int64_t width, const T* inverse, T scale, T* sum);
-// The same of row i.
+T input_gradient(const UnitRows<T>& unit, int64_t i, T scale, const T* sum, T* out);
+// The same of `count` rows of `keys` from `begin` on, `sums_stride` apart in `sums`; `inverse`: the keys'
+// inverse norms, null without normalization.
 template <class T>
-T input_gradient(const UnitRows<T>& unit, int64_t i, T scale, T* sum);
+void write_key_gradients(const Rows<T>& keys, const T* inverse, T scale, int64_t begin, int64_t count,
+                         const T* sums, int64_t sums_stride, T* out, Scratch& scratch);
 
 // sum += the parts of row i
 template <class T>
@@ -97,9 +99,9 @@ void write_gradients(const UnitRows<T>& unit, T scale, const Sum& sum, const Out
     for (int64_t i = begin; i < end; i++) {
       std::fill_n(row, unit.stride, T(0));
       sum(i, row);
-      const T dot = input_gradient(unit, i, factor ? scale * factor[i] : scale, row);
+      T* const to = out(i);
+      const T dot = input_gradient(unit, i, factor ? scale * factor[i] : scale, row, to ? to : row);
       if (radial) radial[i] = dot;
-      if (T* to = out(i)) std::copy_n(row, unit.width, to);
     }
   });
 }

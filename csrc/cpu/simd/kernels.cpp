@@ -80,6 +80,26 @@ void add_scaled(T* y, const T* x, T alpha, int64_t width) {
   for (int64_t k = 0; k < width; k++) y[k] += alpha * x[k];
 }
 
+template <class T>
+T row_gradient(const T* row, T factor, const T* sum, int64_t width, bool sphere, T scale, T* out) {
+  constexpr int64_t kBlock = 32 * kPanel<T>;
+  const int64_t whole = width / kLanes<T> * kLanes<T>;
+  Vec<T> total = {};
+  for (int64_t first = 0; first < whole; first += kBlock) {
+    const int64_t end = whole - first < kBlock ? whole : first + kBlock;
+    Vec<T> block = {};
+    for (int64_t k = first; k < end; k += kLanes<T>) block += load(row + k) * factor * load(sum + k);
+    total += block;
+  }
+  T radial = horizontal_sum<T>(total);
+  for (int64_t k = whole; k < width; k++) radial += row[k] * factor * sum[k];
+  const T along = sphere ? radial : T(0);
+  auto gradient = [&](auto x, auto of_unit) { return (of_unit - x * factor * along) * scale; };
+  for (int64_t k = 0; k < whole; k += kLanes<T>) store(out + k, gradient(load(row + k), load(sum + k)));
+  for (int64_t k = whole; k < width; k++) out[k] = gradient(row[k], sum[k]);
+  return radial;
+}
+
 // Rows are readable to whole vectors.
 template <class T>
 void pack_lanes(T* packed, const T* x, int64_t stride, int64_t lanes, int64_t width) {
@@ -301,6 +321,7 @@ constexpr Kernels<T> kTable = {
     dot<T>,
     sum<T>,
     add_scaled<T>,
+    row_gradient<T>,
     pack_lanes<T>,
     logits<T>,
     few_logits<T>,

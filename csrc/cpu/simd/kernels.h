@@ -112,6 +112,9 @@ struct Kernels {
   T (*sum)(const T* x, int64_t width);
   // y += alpha * x
   void (*add_scaled)(T* y, const T* x, T alpha, int64_t width);
+  // out = scale * (sum - unit * <unit, sum>) for unit = factor * row, or scale * sum where the row's length
+  // counts (`sphere` is false); returns <unit, sum>. `out` may be `sum`.
+  T (*row_gradient)(const T* row, T factor, const T* sum, int64_t width, bool sphere, T scale, T* out);
 
   // Packs rows of x as the lanes of a tile.
   void (*pack_lanes)(T* packed, const T* x, int64_t stride, int64_t lanes, int64_t width);

@@ -6,6 +6,22 @@
 namespace fastcl::cpu {
 namespace {
 
+// The lanes' ids by their hashes: of the rows whose id no lane has, few pass.
+class IdFilter {
+ public:
+  IdFilter(const int64_t* ids, int64_t count) {
+    for (int64_t i = 0; i < count; i++) bits_[hash(ids[i]) / 64] |= uint64_t{1} << hash(ids[i]) % 64;
+  }
+  bool may_contain(int64_t id) const { return bits_[hash(id) / 64] >> hash(id) % 64 & 1; }
+
+ private:
+  static constexpr int kHashBits = 12;
+  static uint64_t hash(int64_t id) {
+    return static_cast<uint64_t>(id) * 0x9e3779b97f4a7c15 >> (64 - kHashBits);
+  }
+  uint64_t bits_[(1 << kHashBits) / 64] = {};
+};
+
 // Of the lanes' ids: most tiles have no row whose id lies in it.
 struct IdRange {
   int64_t low, high;
@@ -29,11 +45,11 @@ IdRange range_of(const int64_t* ids, int64_t count) {
 
 template <class T>
 void exclude(Tile<T> tile, Ids ids) {
-  const IdRange range = range_of(ids.lane, tile.lanes);
+  const IdFilter filter(ids.lane, tile.lanes);
   for (int64_t r = 0; r < tile.rows; r++) {
     T* s = tile.row(r);
     const int64_t id = ids.row[r];
-    if (!range.contains(id)) continue;
+    if (!filter.may_contain(id)) continue;
     for (int64_t i = 0; i < tile.lanes; i++) s[i] = ids.lane[i] == id ? excluded_logit<T> : s[i];
   }
 }

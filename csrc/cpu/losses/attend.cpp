@@ -10,10 +10,12 @@ namespace {
 
 constexpr int64_t kKeyRows = 192;                   // keys per tile
 constexpr int64_t kKeptBytes = int64_t{32} << 20;   // of weights
+constexpr int64_t kSummedTiles = 3;                 // of keys, by a task of the second sweep
 constexpr int64_t kMinChunk = 64;                   // queries whose weights are kept at a time
 constexpr int64_t kManyStrips = 16;                 // keep as many threads busy
 constexpr int64_t kMinStrip = 64, kMaxStrip = 128;  // queries
 constexpr int64_t kStripBytes = int64_t{8} << 20;   // of a strip's weights
+constexpr int kSlack = 4;  // by which a maximum may pass what weights are relative to (log2 units)
 
 int64_t block_of(int64_t queries) { return even_block(queries, kMaxBlock); }
 
@@ -75,17 +77,20 @@ class Attention {
   template <class Sums, class Emit>
   void sum_keys(int64_t first, int64_t count, const KeptWeights<T>& kept, const T* factors, const Sums& sums,
                 const Emit& emit) {
-    for_each_task(ceil_div(problem_.key.count, kKeyRows), [&](int64_t t, Scratch& scratch) {
-      const auto products = make_products(problem_, kKeyRows, kept.block, scratch);
-      const int64_t key_begin = t * kKeyRows, rows = std::min(kKeyRows, problem_.key.count - key_begin);
-      T* const sum = sums(key_begin, rows, scratch);
-      for (int64_t b = 0; b < kept.blocks; b++) {
-        const int64_t begin = first + b * kept.block;
-        const Block block{begin, std::min(kept.block, first + count - begin), kept.block, b, 0};
-        add_block(*products, block, kept, {key_begin, rows}, factors, sum, scratch);
-      }
-      emit(key_begin, rows, sum, scratch);
-    });
+    for_each_range(
+        problem_.key.count, kSummedTiles * kKeyRows, [&](int64_t range, int64_t end, Scratch& scratch) {
+          Scaled scaled(*this, kept.block, scratch);
+          for (int64_t key_begin = range; key_begin < end; key_begin += kKeyRows) {
+            const int64_t rows = std::min(kKeyRows, end - key_begin);
+            T* const sum = sums(key_begin, rows, scratch);
+            for (int64_t b = 0; b < kept.blocks; b++) {
+              const int64_t begin = first + b * kept.block;
+              const Block block{begin, std::min(kept.block, first + count - begin), kept.block, b, 0};
+              scaled.add(block, kept, {key_begin, rows}, factors, sum);
+            }
+            emit(key_begin, rows, sum, scratch);
+          }
+        });
   }
 
   // Both sweeps of a block of queries one after the other, by one thread, its weights in a strip that stays
@@ -101,13 +106,13 @@ class Attention {
       attend_block(block, 0, tiles, &kept, result_.rows.negative(begin), result_.query.row(0, begin),
                    scratch);
       set_factors(begin, block.lanes, factor, factors);
-      const auto products = make_products(problem_, kKeyRows, lanes, scratch);
+      Scaled scaled(*this, lanes, scratch);
       for (int64_t t = 0; t < tiles; t++) {
         const int64_t key_begin = t * kKeyRows, rows = std::min(kKeyRows, keys - key_begin);
         turns.take(t, b, [&] {
           T* const sum = sums.row(0, key_begin);
           if (b == 0) std::fill_n(sum, rows * width_, T(0));
-          add_block(*products, block, kept, {key_begin, rows}, factors, sum, scratch);
+          scaled.add(block, kept, {key_begin, rows}, factors, sum);
         });
       }
     }));
@@ -139,23 +144,48 @@ class Attention {
     int64_t begin, rows;
   };
 
-  // sum += the kept weights of a block of queries and a tile of keys times `factors` times the queries.
-  void add_block(Products<T>& products, Block block, const KeptWeights<T>& kept, Keys keys, const T* factors,
-                 T* sum, Scratch& scratch) const {
-    T* const scaled = scratch.take<T>(kQuerySlot, block.stride);
-    const T *max = result_.rows.negative(block.begin).max, *before = kept.max(keys.begin, block.index);
-    for (int64_t i = 0; i < block.lanes; i++)
-      scaled[i] = factors[block.begin + i] * factor_between(before[i], max[i]);
-    products.set_lanes(block.begin, block.lanes);
-    products.scale_lanes(scaled);
-    products.add_to_rows({kept.tile(keys.begin, block.index), block.stride, keys.rows, block.lanes}, sum);
-  }
+  // A block's queries, times what makes kept weights of a tile of keys those of the gradient. Neighbouring
+  // tiles mostly agree in it.
+  class Scaled {
+   public:
+    Scaled(const Attention& attention, int64_t stride, Scratch& scratch)
+        : attention_(attention),
+          products_(make_products(attention.problem_, kKeyRows, stride, scratch)),
+          factor_(scratch.take<T>(kQuerySlot, stride)) {}
+
+    // sum += the kept weights of a block of queries and a tile of keys times `factors` times the queries
+    void add(Block block, const KeptWeights<T>& kept, Keys keys, const T* factors, T* sum) {
+      const T* const max = attention_.result_.rows.negative(block.begin).max;
+      const T* const reference = kept.max(keys.begin, block.index);
+      if (!reference_ || !std::equal(reference, reference + block.lanes, reference_)) {
+        for (int64_t i = 0; i < block.lanes; i++)
+          factor_[i] = factors[block.begin + i] * factor_between(reference[i], max[i]);
+        products_->set_lanes(block.begin, block.lanes);
+        products_->scale_lanes(factor_);
+      }
+      reference_ = kept.blocks == 1 ? reference : nullptr;
+      products_->add_to_rows({kept.tile(keys.begin, block.index), block.stride, keys.rows, block.lanes}, sum);
+    }
+
+   private:
+    const Attention& attention_;
+    const std::unique_ptr<Products<T>> products_;
+    T* const factor_;
+    const T* reference_ = nullptr;  // of the tile before, if of the same block
+  };
 
   void attend_block(Block block, int64_t first_tile, int64_t last_tile, const KeptWeights<T>* kept,
                     LogSum<T> state, T* out, Scratch& scratch) const {
     const Kernels<T>& k = kernels<T>();
     const auto products = make_products(problem_, kKeyRows, block.stride, scratch);
-    T* before = scratch.take<T>(kQuerySlot, block.stride);
+    T* const reference = scratch.take<T>(kQuerySlot, block.stride);
+    auto refer = [&](int64_t i, T to) {
+      const T factor = factor_between(reference[i], to);
+      reference[i] = to;
+      state.sum.sum[i] *= factor;
+      for (int64_t d = 0; d < width_; d++) out[i * width_ + d] *= factor;
+    };
+    std::fill_n(reference, block.stride, excluded_logit<T>);
     Tile<T> tile{kept ? nullptr : scratch.take<T>(kTileSlot, kKeyRows * block.stride), block.stride, 0,
                  block.lanes};
     std::fill_n(out, block.lanes * width_, T(0));
@@ -168,18 +198,15 @@ class Attention {
       products->logits(tile);
       exclude_pairs(problem_, tile, block.begin, key_begin, scratch);
       if (selector_) selector_->offer(tile, block.begin, block.part, key_begin, scratch);
-      std::copy_n(state.max, block.lanes, before);
       k.lane_max(tile, state.max);
-      for (int64_t i = 0; i < block.lanes; i++) {
-        if (before[i] == state.max[i]) continue;
-        const T factor = factor_between(before[i], state.max[i]);
-        state.sum.sum[i] *= factor;
-        for (int64_t d = 0; d < width_; d++) out[i * width_ + d] *= factor;
-      }
-      k.exponentiate(tile, state.max, state.sum.sum);
-      if (kept) std::copy_n(state.max, block.lanes, kept->max(key_begin, block.index));
+      for (int64_t i = 0; i < block.lanes; i++)
+        if (state.max[i] - reference[i] > kSlack) refer(i, state.max[i]);
+      k.exponentiate(tile, reference, state.sum.sum);
+      if (kept) std::copy_n(reference, block.lanes, kept->max(key_begin, block.index));
       products->add_to_lanes(tile, out);
     }
+    for (int64_t i = 0; i < block.lanes; i++)
+      if (state.max[i] != reference[i]) refer(i, state.max[i]);
   }
 
   // Row i of all parts, into the result's.

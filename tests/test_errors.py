@@ -85,6 +85,7 @@ VALUE_ERRORS = {
     sup_con(Z, IDS, base_temperature=0.0): ("base_temperature", "0.0"),
     sup_con(Z, mask=torch.full((4, 4), 0.5)): ("mask",),
     stats(Z, Z, scale=math.inf): ("scale", "inf"),
+    stats(Z, Z, scale=-1e39): ("scale", "-1e+39"),
     stats(Z, Z, scale=ONE_D): ("scale", "(3,)"),
     stats(Z, Z, backend="gpu"): ("backend", "gpu"),
     topk(Z, Z, 0): ("k", "0"),

@@ -55,7 +55,7 @@ def jsd_loss(
         of_ranks = row_counts(pooled, group)
         offset = sum(of_ranks[: dist.get_rank(group)])
         count, wholes = sum(row_counts(local, group)), sum(of_ranks)
-    check_range("owner", owner, wholes)
+    check_range("owner", owner, wholes, "wholes")
     names = torch.arange(pooled.shape[0], device=owner.device) + offset
     rule = PairRule(positive=(owner, names))
     sums = similarity_logistic(local, pooled, rule=rule, normalize=normalize, group=group)

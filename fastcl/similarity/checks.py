@@ -118,7 +118,10 @@ def scalar(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     """
     if isinstance(value, Tensor):
         return _nan_unless_finite(_beside(name, value, like))
-    return _as_tensor(_finite(name, value), like)
+    number = _finite(name, value)
+    if abs(number) > _largest_scale(like):
+        raise ValueError(f"{name} must be at most {_largest_scale(like):.1e} in size here, got {value}")
+    return _as_tensor(number, like)
 
 
 def inverse_scalar(name: str, value: float | Tensor, like: Tensor, *, per_row: bool = False) -> Tensor:
@@ -134,6 +137,8 @@ def inverse_scalar(name: str, value: float | Tensor, like: Tensor, *, per_row: b
     number = _finite(name, value)
     if number == 0:
         raise ValueError(f"{name} must not be zero, got {value}")
+    if abs(number) < 1 / _largest_scale(like):
+        raise ValueError(f"{name} must be at least {1 / _largest_scale(like):.1e} in size here, got {value}")
     return _as_tensor(1.0 / number, like)
 
 
@@ -159,6 +164,11 @@ def _wrong_shape(name: str, value: Tensor, like: Tensor, per_row: bool) -> str:
     if value.shape == (rows,):
         text += ", by which info-nce-pytorch would divide columns instead of rows"
     return text
+
+
+def _largest_scale(like: Tensor) -> float:
+    """What the compute dtype of such rows holds, also in the kernels' units of log2(e)."""
+    return torch.finfo(torch.float64 if like.dtype == torch.float64 else torch.float32).max / 2
 
 
 def _as_tensor(number: float, like: Tensor) -> Tensor:

@@ -103,6 +103,7 @@ def test_one_prototype_and_no_rows(backend):
         ({"assigned": torch.tensor([0.0, 1.0, 2.0])}, TypeError, "assigned must be an integer tensor"),
         ({"temperature": torch.ones(3)}, ValueError, r"temperature must be .*\(5,\).*got shape \(3,\)"),
         ({"temperature": 0.0}, ValueError, "temperature must not be zero"),
+        ({"temperature": 1e-40}, ValueError, "temperature must be at least 5.9e-39 in size"),
         ({"bias": torch.ones(3)}, ValueError, "bias must have one value per key"),
         ({"prototypes": torch.ones(5, 3)}, ValueError, "prototypes and query"),
         ({"reduction": "max"}, ValueError, "reduction must be one of"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import fastcl
@@ -34,12 +36,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fastcl.show_config()
 
 
+@contextmanager
+def _imports() -> Iterator[None]:
+    """Objects by the million, none of them garbage: the collector is not to look at them, now or later."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def _train(arguments: Sequence[str]) -> None:
     try:
-        from fastcl.train.methods import METHODS
-        from fastcl.train.options import parse
-        from fastcl.train.run import prepare
-        from fastcl.train.stopping import RunStoppedError
+        with _imports():
+            from fastcl.train.methods import METHODS
+            from fastcl.train.options import parse
+            from fastcl.train.run import prepare
+            from fastcl.train.stopping import RunStoppedError
 
         width = 2 + max(map(len, METHODS))
         parser = argparse.ArgumentParser(

@@ -1,3 +1,4 @@
+import gc
 import os
 import tarfile
 from collections import Counter
@@ -14,7 +15,8 @@ from fastcl import testing
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
-torch.set_default_device(testing.DEVICE)
+if testing.DEVICE.type != "cpu":  # a default device takes part in every call of torch's, the CPU as well
+    torch.set_default_device(testing.DEVICE)
 
 settings.register_profile("same cases every run", derandomize=True)
 settings.load_profile("same cases every run")
@@ -33,6 +35,12 @@ def threads():
 def pytest_configure(config):
     # NaN and infinity are warned of by the NumPy that interprets Triton's kernels
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton")
+    gc.disable()  # until all is collected: millions of objects, none of which is garbage
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

@@ -115,6 +115,13 @@ def test_refuses(options, error, message):
         fastcl.prototype_nce(**{**arguments, **options})
 
 
+def test_a_tiny_prototype_without_weight_has_no_gradient_at_any_temperature(backend):
+    query = torch.tensor([[1.0, 0.0]])
+    prototypes = torch.tensor([[1.0, 0.0], [-1e-13, 0.0]], requires_grad=True)
+    fastcl.prototype_nce(query, prototypes, torch.zeros(1, dtype=torch.int64), temperature=1e-28).backward()
+    assert torch.equal(prototypes.grad, torch.zeros(2, 2))
+
+
 def concentration_formula(features, assigned, prototypes, temperature, smoothing):
     """PCL eq. 12 and what its section 3.3 does to it."""
     features, prototypes = F.normalize(features, dim=1), F.normalize(prototypes, dim=1)

@@ -146,23 +146,18 @@ BFloat16Sides bfloat16_sides(std::initializer_list<Input> query, const UnitRows<
 
 namespace {
 
-// What the gradient of the unit row is multiplied by, and whether the row's length has no part in it.
+// `inverse`: the row's inverse norm, null without normalization.
 template <class T>
-struct Chain {
-  bool sphere;
-  T scale;
-
-  // `inverse`: the row's inverse norm, null without normalization.
-  Chain(const T* inverse, T scale)
-      : sphere(inverse && *inverse < T(1e12)), scale(inverse ? scale * *inverse : scale) {}
-};
+Chain<T> chain_of(T scale, const T* inverse) {
+  return {scale, inverse ? *inverse : T(1), inverse && *inverse < T(1e12)};
+}
 
 }  // namespace
 
 template <class T>
 T input_gradient(const UnitRows<T>& unit, int64_t i, T scale, const T* sum, T* out) {
-  const Chain<T> chain(unit.inverse ? unit.inverse.get() + i : nullptr, scale);
-  return kernels<T>().row_gradient(unit.row(i), T(1), sum, unit.width, chain.sphere, chain.scale, out);
+  const Chain<T> chain = chain_of(scale, unit.inverse ? unit.inverse.get() + i : nullptr);
+  return kernels<T>().row_gradient(unit.row(i), T(1), sum, unit.width, chain, out);
 }
 
 template <class T>
@@ -172,9 +167,9 @@ void write_key_gradients(const Rows<T>& keys, const T* inverse, T scale, int64_t
   const T* const rows = keys.without_factors().tile(begin, count, kKeySlot, scratch, &stride);
   for (int64_t r = 0; r < count; r++) {
     const int64_t i = begin + r;
-    const Chain<T> chain(inverse ? inverse + i : nullptr, scale);
+    const Chain<T> chain = chain_of(scale, inverse ? inverse + i : nullptr);
     kernels<T>().row_gradient(rows + r * stride, keys.factor ? keys.factor[i] : T(1), sums + r * sums_stride,
-                              keys.width, chain.sphere, chain.scale, out + i * keys.width);
+                              keys.width, chain, out + i * keys.width);
   }
 }
 

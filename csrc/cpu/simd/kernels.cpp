@@ -81,7 +81,7 @@ void add_scaled(T* y, const T* x, T alpha, int64_t width) {
 }
 
 template <class T>
-T row_gradient(const T* row, T factor, const T* sum, int64_t width, bool sphere, T scale, T* out) {
+T row_gradient(const T* row, T factor, const T* sum, int64_t width, Chain<T> chain, T* out) {
   constexpr int64_t kBlock = 32 * kPanel<T>;
   const int64_t whole = width / kLanes<T> * kLanes<T>;
   Vec<T> total = {};
@@ -93,8 +93,8 @@ T row_gradient(const T* row, T factor, const T* sum, int64_t width, bool sphere,
   }
   T radial = horizontal_sum<T>(total);
   for (int64_t k = whole; k < width; k++) radial += row[k] * factor * sum[k];
-  const T along = sphere ? radial : T(0);
-  auto gradient = [&](auto x, auto of_unit) { return (of_unit - x * factor * along) * scale; };
+  const T along = chain.sphere ? radial : T(0);
+  auto gradient = [&](auto x, auto g) { return (g - x * factor * along) * chain.scale * chain.inverse; };
   for (int64_t k = 0; k < whole; k += kLanes<T>) store(out + k, gradient(load(row + k), load(sum + k)));
   for (int64_t k = whole; k < width; k++) out[k] = gradient(row[k], sum[k]);
   return radial;

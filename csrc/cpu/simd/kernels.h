@@ -100,6 +100,14 @@ struct Selected {
   int32_t* place;
 };
 
+// From the gradient g of a unit row to that of the input: scale * inverse * (g - unit * <unit, g>), or
+// without the second term where the input's length counts (`sphere` is false).
+template <class T>
+struct Chain {
+  T scale, inverse;
+  bool sphere;
+};
+
 template <class T>
 struct Kernels {
   int64_t vector;  // lanes per vector; widths are padded to it
@@ -112,9 +120,9 @@ struct Kernels {
   T (*sum)(const T* x, int64_t width);
   // y += alpha * x
   void (*add_scaled)(T* y, const T* x, T alpha, int64_t width);
-  // out = scale * (sum - unit * <unit, sum>) for unit = factor * row, or scale * sum where the row's length
-  // counts (`sphere` is false); returns <unit, sum>. `out` may be `sum`.
-  T (*row_gradient)(const T* row, T factor, const T* sum, int64_t width, bool sphere, T scale, T* out);
+  // Gradient of an input row from `sum`, that of its unit row, which is `factor` times `row`; returns
+  // <unit row, sum>. `out` may be `sum`.
+  T (*row_gradient)(const T* row, T factor, const T* sum, int64_t width, Chain<T> chain, T* out);
 
   // Packs rows of x as the lanes of a tile.
   void (*pack_lanes)(T* packed, const T* x, int64_t stride, int64_t lanes, int64_t width);

@@ -35,11 +35,10 @@ def threads():
 def pytest_configure(config):
     # NaN and infinity are warned of by the NumPy that interprets Triton's kernels
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton")
-    gc.disable()  # until all is collected: millions of objects, none of which is garbage
+    gc.disable()  # until all tests are collected: millions of objects, none of which is garbage
 
 
 def pytest_collection_finish():
-    gc.freeze()
     gc.enable()
 
 

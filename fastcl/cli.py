@@ -77,7 +77,8 @@ def _train(arguments: Sequence[str]) -> None:
 
 def _export(checkpoint: Path, out: Path) -> None:
     try:
-        from fastcl.train import export
+        with _imports():
+            from fastcl.train import export
 
         print(export(checkpoint, out))
     except (ValueError, ModuleNotFoundError) as error:

@@ -40,8 +40,9 @@ triton: $(VENV)/.installed
 	TRITON_INTERPRET=1 OPENBLAS_CORETYPE=Prescott $(BIN)/python -m pytest -n auto $(TRITON_TESTS:%=tests/%)
 	$(BIN)/python -W ignore -m bench.aot -k "bfloat16 D=128"
 
+# not --quiet: --strict counts the warnings that are logged
 docs: $(VENV)/.installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 examples: $(VENV)/.installed
 	set -e; for example in examples/*.py; do $(BIN)/python $$example; done

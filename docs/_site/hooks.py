@@ -14,6 +14,7 @@ from mkdocs.structure.pages import Page
 
 _ROOT = DOCS.parent
 _MARK = re.compile(r"^\{\{ (\w+)(?: (\S+))? \}\}$", re.MULTILINE)
+_PICTURE = re.compile(r"^!\[.*\)$", re.MULTILINE)
 _TABLES = {
     "literature": site_tables.literature,
     "which": site_tables.which,
@@ -57,8 +58,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _made(name: str, argument: str | None, source: str) -> str:
-    if name == "include":  # a file of results, without its title
-        return (_ROOT / str(argument)).read_text().partition("\n")[2].strip().replace("<", "&lt;")
+    if name == "include":  # a file of results, without its title and its picture, which the page shows itself
+        body = (_ROOT / str(argument)).read_text().partition("\n")[2]
+        return _PICTURE.sub("", body).strip().replace("<", "&lt;")
     if name == "picture":
         made: Any = getattr(pictures, str(argument))
         return str(made())

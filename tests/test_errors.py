@@ -114,6 +114,7 @@ for _bad in (0, 0.0, math.nan, math.inf, -math.inf, ONE_D, torch.ones(2, 2)):
 TYPE_ERRORS = {
     info_nce(IDS[:, None], IDS[:, None]): ("query", "int64"),
     info_nce([[1.0]], Z): ("query", "list"),
+    info_nce(Z.to_sparse(), Z): ("query", "dense", "sparse_coo"),
     info_nce(Z, Z.double()): ("positive_key", "float32", "float64"),
     info_nce(Z, Z, W.half()): ("negative_keys", "float32", "float16"),
     info_nce(Z, Z, temperature="cold"): ("temperature", "str"),

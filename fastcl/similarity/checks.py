@@ -37,6 +37,8 @@ def check_matrix(name: str, x: Tensor, dims: int | tuple[int, ...] = 2) -> None:
         raise ValueError(f"{name} must have {expected} dimensions, got shape {tuple(x.shape)}")
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got {x.layout}")
 
 
 def check_same(name: str, x: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:

@@ -57,7 +57,10 @@ OWN = {
     ),
     "pcl": ("--queue-size=4096", "--momentum=0.99", "--clusters=100,200,400", "--cluster-from-epoch=3"),
     "hcsc": ("--queue-size=4096", "--momentum=0.99", "--clusters=400,200,100", "--cluster-from-epoch=3"),
-    "deepcluster": ("--epochs=14", "--batch-size=64", "--lr=4e-3", "--dim=32", "--clusters=100"),
+    "deepcluster": (
+        *("--epochs=10", "--evaluate-every=5", "--batch-size=64", "--lr=8e-3"),
+        *("--dim=32", "--clusters=100"),
+    ),
     "kcl": ("--queue-size=4096", "--momentum=0.99"),
     "tsc": ("--queue-size=4096", "--momentum=0.99", "--centres-from-epoch=3", "--centre-weight=0.1"),
 }

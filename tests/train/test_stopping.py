@@ -79,12 +79,13 @@ class TestStopping:
         def hang_up() -> None:
             os.kill(os.getpid(), signal.SIGHUP)
 
-        run = prepare("simclr", out=tmp_path, epochs=1, **SMALL)
-        run.method.on_train_epoch_start = hang_up
-        with pytest.raises(RunStoppedError, match="stopped by SIGHUP"):
-            run.fit()
-        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
         try:
+            run = prepare("simclr", out=tmp_path, epochs=1, **SMALL)
+            run.method.on_train_epoch_start = hang_up
+            with pytest.raises(RunStoppedError, match="stopped by SIGHUP"):
+                run.fit()
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
             run = prepare("simclr", out=tmp_path, epochs=1, overwrite=True, **SMALL)
             run.method.on_train_epoch_start = hang_up
             run.fit()

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +23,16 @@ pytest.importorskip("fastcl.train")
 
 from fastcl.train import RunStoppedError, prepare
 from fastcl.train.checkpoints import write_atomically
+
+
+@pytest.fixture(autouse=True)
+def signals_of_a_terminal() -> Iterator[None]:
+    """Signals do what they do in a terminal, also where ``nohup`` or a shell's ``&`` has turned them off."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class TestStopping:
@@ -66,10 +77,8 @@ class TestStopping:
     ) -> None:
         """Python's own handler raises a KeyboardInterrupt, here while the data are read."""
         monkeypatch.setattr("fastcl.train.data.choice.read_digits", lambda settings: signal.raise_signal(2))
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's `&` may have off
         with pytest.raises(SystemExit) as stop:
             main(["train", "simclr", *OPTIONS, f"--out={tmp_path}"])
-        signal.signal(signal.SIGINT, before)
         assert stop.value.code == 1
         assert capsys.readouterr().err == "fastcl train: error: stopped by SIGINT\n"
 
@@ -79,18 +88,14 @@ class TestStopping:
         def hang_up() -> None:
             os.kill(os.getpid(), signal.SIGHUP)
 
-        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        try:
-            run = prepare("simclr", out=tmp_path, epochs=1, **SMALL)
-            run.method.on_train_epoch_start = hang_up
-            with pytest.raises(RunStoppedError, match="stopped by SIGHUP"):
-                run.fit()
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-            run = prepare("simclr", out=tmp_path, epochs=1, overwrite=True, **SMALL)
-            run.method.on_train_epoch_start = hang_up
+        run = prepare("simclr", out=tmp_path, epochs=1, **SMALL)
+        run.method.on_train_epoch_start = hang_up
+        with pytest.raises(RunStoppedError, match="stopped by SIGHUP"):
             run.fit()
-        finally:
-            signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        run = prepare("simclr", out=tmp_path, epochs=1, overwrite=True, **SMALL)
+        run.method.on_train_epoch_start = hang_up
+        run.fit()
         assert len(losses(tmp_path)) == 1
 
     @pytest.mark.parametrize("becomes", [None, ValueError("a library's own")])

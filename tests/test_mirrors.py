@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import many_cores
 from fastcl.backends import cuda, native
 from fastcl.losses.families import one_positive
 from fastcl.similarity import numerics
@@ -71,6 +72,7 @@ def test_an_enumeration_is_the_same_in_both_languages(name):
 CONSTANTS = {
     "warps of a block": ("cuda/grid.h", r"kWarps = (\d+)", cuda._WARPS),
     "log2 e": ("cpu/run/problem.h", r"kLog2E = ([\d.]+)", numerics.LOG2E),
+    "rows of a block": ("cpu/run/plan.cpp", r"kBlock = (\d+)", many_cores._BLOCK),
     "ln 2": ("cpu/run/problem.h", r"kLn2 = ([\d.]+)", numerics.LN2),
     "smallest norm": ("cpu/run/unit_rows.cpp", r"max\(norm, T\((1e-\d+)\)", numerics.NORM_EPS),
     "smallest norm, synthetics": ("cpu/losses/mochi.cpp", r"max\(norm, T\((1e-\d+)\)", numerics.NORM_EPS),

@@ -69,8 +69,8 @@ def encode_definitions(
     source: DefinitionSource | GlyphSource, settings: DefinitionSettings | GlyphSettings
 ) -> tuple[nn.Module, int]:
     """An untrained encoder of texts, and the width of its features."""
-    s = settings
-    return TextEncoder(s.width, s.layers, s.dropout, s.word_dropout, s.piece_std), s.width
+    shape = (settings.width, settings.layers)
+    return TextEncoder(*shape, settings.dropout, settings.word_dropout, settings.piece_std), settings.width
 
 
 def _convolutions(channels: int) -> tuple[nn.Module, int]:

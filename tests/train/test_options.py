@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fastcl
 from fastcl.cli import main
 
 pytest.importorskip("fastcl.train")
@@ -175,6 +177,15 @@ class TestCommandLine:
         )
         assert done.returncode == 0, done.stderr
         assert "chunked    available" in done.stdout
+
+    def test_python_runs_the_package(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "argv", ["python -m fastcl", "--version"])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_module("fastcl", run_name="__main__")
+        assert stop.value.code == 0
+        assert capsys.readouterr().out == f"fastcl {fastcl.__version__}\n"
 
     def test_torchvision_after_a_failed_import_of_ones_own(self) -> None:
         done = run_python(

@@ -186,12 +186,8 @@ class Loss {
         pair_sums(problem_, row_weights, column_weights,
                   {query_wanted, keys_wanted && !problem_.symmetric, false, result_.scale != nullptr}, kept);
     finish([&](int64_t i, T* sum) { add_parts(sums.query, i, sum); });
-    const int64_t width = sums.key.width;
-    for_each_range(sums.key.rows, kRowGrain, [&](int64_t begin, int64_t end, Scratch& scratch) {
-      T* const sum = scratch.take<T>(kSumSlot, kRowGrain * width);
-      std::fill_n(sum, (end - begin) * width, T(0));
-      for (int64_t i = begin; i < end; i++) add_parts(sums.key, i, sum + (i - begin) * width);
-      write_keys(begin, end - begin, sum, scratch);
+    for_each_sum(sums.key, [&](int64_t begin, int64_t count, T* range, Scratch& scratch) {
+      write_keys(begin, count, range, scratch);
     });
     if (sums.scale) *result_.scale = *sums.scale - positives_pull();
   }

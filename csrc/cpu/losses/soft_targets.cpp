@@ -331,12 +331,9 @@ void SoftTargets<T>::backward(const T* grad, const T* state, const T* kept,
 template <class T>
 void SoftTargets<T>::write_key(const Partials<T>& sums, T* out) const {
   const T scale = static_cast<T>(call_.views.scale);
-  for_each_range(sums.rows, kRowGrain, [&](int64_t begin, int64_t end, Scratch& scratch) {
-    T* const sum = scratch.take<T>(kSumSlot, kRowGrain * sums.width);
-    std::fill_n(sum, (end - begin) * sums.width, T(0));
-    for (int64_t i = begin; i < end; i++) add_parts(sums, i, sum + (i - begin) * sums.width);
-    write_key_gradients(views_.problem.key, views_.key.inverse.get(), scale, begin, end - begin, sum,
-                        sums.width, out, scratch);
+  for_each_sum(sums, [&](int64_t begin, int64_t count, const T* range, Scratch& scratch) {
+    write_key_gradients(views_.problem.key, views_.key.inverse.get(), scale, begin, count, range, sums.width,
+                        out, scratch);
   });
 }
 

@@ -88,6 +88,18 @@ void add_parts(const Partials<T>& partials, int64_t i, T* sum) {
     kernels<T>().add_scaled(sum, partials.row(p, i), T(1), partials.width);
 }
 
+// Calls take(begin, count, sums, scratch), from many threads, with the sums of ranges of rows, `width` apart.
+template <class T, class Take>
+void for_each_sum(const Partials<T>& partials, const Take& take) {
+  for_each_range(partials.rows, kRowGrain, [&](int64_t begin, int64_t end, Scratch& scratch) {
+    const int64_t count = end - begin, width = partials.width;
+    T* const sums = scratch.take<T>(kSumSlot, kRowGrain * width);
+    std::fill_n(sums, count * width, T(0));
+    for (int64_t i = 0; i < count; i++) add_parts(partials, begin + i, sums + i * width);
+    take(begin, count, sums, scratch);
+  });
+}
+
 // Gradients of all rows: sum(i, row) adds up what input_gradient() takes, out(i) says where the gradient goes
 // (null: nowhere); `radial` (null: nowhere) receives what it returns. `factor` (null: 1): a scale per row,
 // too.

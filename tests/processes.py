@@ -7,14 +7,18 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from fastcl.cli import main
+
+_T = TypeVar("_T")
 
 
 def _server() -> ForkServerContext:
@@ -38,6 +42,21 @@ def _on_rank(rank: int, world: int, file: str, checks: Sequence[Callable[[object
     for check in checks:
         check(dist.group.WORLD)
     dist.destroy_process_group()
+
+
+def in_a_process(function: Callable[..., _T], *arguments: object) -> _T:
+    """What ``function(*arguments)`` returns in a process of its own."""
+    receiver, sender = _server().Pipe(duplex=False)
+    process = _server().Process(target=_send, args=(sender, function, arguments))
+    process.start()
+    sender.close()  # so that a process that dies ends the wait
+    returned: _T = receiver.recv()
+    process.join()
+    return returned
+
+
+def _send(sender: Connection, function: Callable[..., object], arguments: Sequence[object]) -> None:
+    sender.send(function(*arguments))
 
 
 def free_port() -> int:

@@ -1,89 +1,80 @@
 """What grows and what does not: memory is linear, and the bits do not depend on the thread count."""
 
-import subprocess
-import sys
+import resource
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 from loss_table import LOSSES
+from processes import in_a_process
 
 import fastcl
 from fastcl import testing
 from fastcl.backends import native
 
-GROWTH = """
-import resource, sys
-import torch, fastcl
-from fastcl import PairRule
 
-torch.set_num_threads(1)
-call, backend, rows = sys.argv[1], sys.argv[2], int(sys.argv[3])
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-def step(rows):
-    rows = rows // 2 if call in ("nt_xent", "sup_con") else rows
-    z1, z2 = (torch.randn(rows, 64, requires_grad=True) for _ in range(2))
-    if call == "nt_xent":
-        loss = fastcl.nt_xent(z1, z2)
-    elif call == "sup_con":
-        loss = fastcl.sup_con(torch.stack([z1, z2], 1), torch.arange(rows) % 100)
-    elif call == "siglip_loss":
-        loss = fastcl.siglip_loss(z1, z2, 10.0, -10.0)
-    elif call == "clip_loss":
-        loss = fastcl.clip_loss(z1, z2, 10.0, reduction="none").sum()
-    else:
-        loss = z1.sum() + z2.sum() + fastcl.similarity_topk(z1, z2, 16)[0].sum()
-    loss.backward()
-
-with fastcl.use_backend(backend):
-    step(64)
-    before = peak()
-    step(rows)
-    print(peak() - before)
-"""
+def _peak():
+    """Of this process's memory so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-CALLS = [("cpu", 8192, call) for call in ("nt_xent", "sup_con", "clip_loss", "siglip_loss", "top-k")]
-CALLS += [("chunked", 4096, call) for call in ("sup_con", "clip_loss", "siglip_loss")]
+def _two_views(loss):
+    return lambda z1, z2: loss(z1[::2], z2[::2])
 
 
-@pytest.mark.parametrize(("name", "rows", "call"), CALLS)
+CALLS = {
+    "nt_xent": _two_views(fastcl.nt_xent),
+    "sup_con": _two_views(lambda *z: fastcl.sup_con(torch.stack(z, 1), torch.arange(len(z[0])) % 100)),
+    "siglip_loss": lambda z1, z2: fastcl.siglip_loss(z1, z2, 10.0, -10.0),
+    "clip_loss": lambda z1, z2: fastcl.clip_loss(z1, z2, 10.0, reduction="none").sum(),
+    "top-k": lambda z1, z2: z1.sum() + z2.sum() + fastcl.similarity_topk(z1, z2, 16)[0].sum(),
+}
+
+
+def _grown_by(call, backend, rows):
+    """By how much a call with so many rows raises the peak, after one with few."""
+    torch.set_num_threads(1)
+    with fastcl.use_backend(backend):
+        for count in (64, rows):
+            before = _peak()
+            CALLS[call](*(torch.randn(count, 64, requires_grad=True) for _ in range(2))).backward()
+    return _peak() - before
+
+
+GROWTH = [("cpu", 8192, call) for call in CALLS]
+GROWTH += [("chunked", 4096, call) for call in ("sup_con", "clip_loss", "siglip_loss")]
+
+
+@pytest.mark.parametrize(("name", "rows", "call"), GROWTH)
 def test_no_matrix_of_all_pairs_is_stored(name, rows, call):
-    command = [sys.executable, "-c", GROWTH, call, name, str(rows)]
-    grown = float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    grown = in_a_process(_grown_by, call, name, rows)
     # plain PyTorch keeps at least three such matrices, 'chunked' a number of 8 MiB tiles
     matrix = rows * rows * 4 / 2**20
     assert grown < 180 < 3 * matrix, f"{grown:.0f} MiB, one matrix is {matrix:.0f} MiB"
 
 
-PROTOTYPES = """
-import resource
-import torch, fastcl
+def _prototypes_take():
+    """MiB beyond inputs and gradients."""
+    torch.set_num_threads(2)
 
-torch.set_num_threads(2)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    def inputs(rows, keys):
+        shapes = (rows, keys, rows, keys)
+        return [torch.randn(n, 256, requires_grad=i < 2) for i, n in enumerate(shapes)]
 
-def step(query, key, target_query, target_key):
-    fastcl.soft_cross_entropy(query, key, target_query, target_key).backward()
-    return sum(x.grad.nbytes for x in (query, key)) / 2**20
+    def step(query, key, target_query, target_key):
+        fastcl.soft_cross_entropy(query, key, target_query, target_key).backward()
+        return sum(x.grad.nbytes for x in (query, key)) / 2**20
 
-def inputs(rows, keys):
-    shapes = (rows, keys, rows, keys)
-    return [torch.randn(n, 256, requires_grad=i < 2) for i, n in enumerate(shapes)]
-
-step(*inputs(8, 64))
-large = inputs(512, 65536)
-before = peak()
-gradients = step(*large)
-print(peak() - before - gradients)
-"""
+    step(*inputs(8, 64))
+    large = inputs(512, 65536)
+    before = _peak()
+    gradients = step(*large)
+    return _peak() - before - gradients
 
 
 def test_soft_targets_need_little_beyond_inputs_and_gradients():
-    run = subprocess.run([sys.executable, "-c", PROTOTYPES], stdout=subprocess.PIPE, text=True, check=True)
-    assert float(run.stdout) < 64
+    assert in_a_process(_prototypes_take) < 64
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)

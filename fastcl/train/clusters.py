@@ -62,11 +62,13 @@ def hierarchy(bottom: Clustering, counts: Iterable[int]) -> list[Clustering]:
 
 
 def check_counts(counts: Iterable[int], samples: int) -> None:
-    """Raise unless there are as many samples as clusters.
+    """Raise unless there are two clusters at least, of which each may have a sample.
 
     Raises:
         ValueError: there are not.
     """
     for k in counts:
+        if k < 2:
+            raise ValueError(f"clusters must be at least 2, got {k}")
         if k > samples:
             raise ValueError(f"clusters must be at most the number of training images, {samples}, got {k}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import nn
 
 from fastcl.train.evaluate.base import Evaluation
-from fastcl.train.evaluate.features import Features
 from fastcl.train.evaluate.pictures import Row
 from fastcl.train.methods.base import Method
 
@@ -108,22 +106,6 @@ class Monitor(Callback):
         written = self.path.with_name(f".{self.path.name}")
         written.write_text(text.getvalue())
         os.replace(written, self.path)
-
-
-class EpochFeatures(Callback):
-    """Calls a method's :meth:`~Method.begin_epoch`, if it has one, with features of the training samples.
-
-    Args:
-        features: of a network on a device, this rank's share, a batch at a time.
-    """
-
-    def __init__(self, features: Callable[[nn.Module, torch.device], Iterator[Features]]) -> None:
-        self.features = features
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, Method)
-        if type(pl_module).begin_epoch is not Method.begin_epoch:
-            pl_module.begin_epoch(self.features(pl_module.observed, pl_module.device))
 
 
 class SeedEpochs(Callback):

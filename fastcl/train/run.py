@@ -32,7 +32,7 @@ from fastcl.train.evaluate.pictures import draw_curves
 from fastcl.train.folder import ResultsFolder
 from fastcl.train.methods import METHODS
 from fastcl.train.methods.base import Method
-from fastcl.train.monitor import Bar, EpochFeatures, Lines, Monitor, SeedEpochs
+from fastcl.train.monitor import Bar, Lines, Monitor, SeedEpochs
 from fastcl.train.optimizers import Optimization
 from fastcl.train.ranges import checked
 from fastcl.train.schedules import scheduled
@@ -125,8 +125,8 @@ class Run:
         )
         with _quiet_lightning():
             stop = CleanStop(self.folder.checkpoint)
-            features = EpochFeatures(self.evaluation.training_features)
-            trainer = self._trainer([stop, features, monitor], times)
+            self.method.training_features = self.evaluation.training_features
+            trainer = self._trainer([stop, monitor], times)
             batches = Loader(
                 self.source.train,
                 settings.batch_size // trainer.world_size,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,9 +20,13 @@ from torch.utils.data import DataLoader, TensorDataset
 import fastcl
 from fastcl.train import (
     BYOL,
+    HCSC,
+    PCL,
+    TSC,
     BarlowTwins,
     Batch,
     Cosine,
+    DeepCluster,
     MoCo,
     MoCoV3,
     Optimization,
@@ -33,11 +37,12 @@ from fastcl.train import (
     make_encoder,
     prepare,
 )
-from fastcl.train.evaluate.features import Features
+from fastcl.train.evaluate.features import Features, stream
 from fastcl.train.methods.siamese import Siamese
 
 SMALL = {"width": 4, "batch_size": 256, "limit": 512}
 SGD = Optimization("sgd", lr=0.01)
+QUEUE = {"queue_size": 32, "bn_splits": 1}
 
 
 def fit(method: nn.Module, samples: Any, folder: Path, epochs: int = 1) -> None:
@@ -85,6 +90,48 @@ def test_an_epoch_begins_with_the_features_of_all_training_samples(
     assert second[0].values.shape == (512, trained.shape[1])
     assert not any(x.values[:8].allclose(trained, atol=1e-4) for x in (first[0], second[0]))
     assert run.method.encoder.training is False
+
+
+class TestOwnScript:
+    """Methods that want the training features, under a Trainer that nothing has prepared."""
+
+    METHODS: ClassVar[dict[str, Any]] = {
+        "pcl": lambda *a, **o: PCL(*a, clusters=(2, 3), cluster_from_epoch=0, samples=32, **QUEUE, **o),
+        "hcsc": lambda *a, **o: HCSC(*a, clusters=(3, 2), cluster_from_epoch=0, samples=32, **QUEUE, **o),
+        "deepcluster": lambda *a, **o: DeepCluster(*a, clusters=3, samples=32, **o),
+        "tsc": lambda *a, **o: TSC(*a, classes=4, centres_from_epoch=0, **QUEUE, **o),
+    }
+
+    def made(self, name: str) -> tuple[Any, DataLoader[Any]]:
+        encoder = nn.Sequential(nn.Flatten(), nn.Linear(16, 6))
+        method = self.METHODS[name](encoder, 6, lambda x: x + 0.1 * torch.randn(1), dim=4, optimization=SGD)
+        samples = TensorDataset(torch.randn(32, 1, 4, 4), torch.arange(32) % 4, torch.arange(32))
+        return method, DataLoader(samples, batch_size=16)
+
+    @pytest.mark.parametrize("name", METHODS)
+    def test_without_the_features_of_all_samples_nothing_is_trained(self, name: str, tmp_path: Path) -> None:
+        method, samples = self.made(name)
+        with pytest.raises(ValueError, match=f"{type(method).__name__} needs the features of all training"):
+            fit(method, samples, tmp_path)
+
+    @pytest.mark.parametrize("name", METHODS)
+    def test_with_them_an_epoch_begins_by_them(self, name: str, tmp_path: Path) -> None:
+        method, samples = self.made(name)
+        seen: list[int] = []
+
+        def features(network: nn.Module, device: torch.device) -> Iterator[Features]:
+            for part in stream(network, samples, nn.Identity(), device):
+                seen.extend(part.indices.tolist())
+                yield part
+
+        method.training_features = features
+        fit(method, samples, tmp_path, epochs=2)
+        assert seen == [*range(32)] * 2
+
+    @pytest.mark.parametrize("name", ["pcl", "deepcluster"])
+    def test_one_cluster_is_none(self, name: str, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="clusters must be at least 2, got"):
+            prepare(name, out=tmp_path, clusters="1", **SMALL)
 
 
 class TestViews:

@@ -62,8 +62,10 @@ class TestResume:
             options["data"] = str(make_tree(tmp_path / "tree", 16))
         prepare(method, out=tmp_path / "whole", **options).fit()
         stopped = prepare(method, out=tmp_path / "stopped", **options)
+        begin = stopped.method.on_train_epoch_start
 
         def stop() -> None:
+            begin()
             if stopped.method.current_epoch == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
 

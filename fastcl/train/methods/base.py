@@ -64,6 +64,8 @@ class Method(LightningModule):
         data_arguments: what of the data the constructor is told: 'samples', how many there are for training,
             'classes', how many labels.
         views_share_batch_norm: whether views of one size are encoded, and normalized, as one batch.
+        training_features: gives :meth:`begin_epoch` the features of the training samples by a network, on a
+            device, this rank's share, a batch at a time; a run that was prepared has it.
     """
 
     synchronizes_batch_norm = True
@@ -74,6 +76,7 @@ class Method(LightningModule):
     data_arguments: tuple[str, ...] = ()
     views_share_batch_norm = True
     learning_rate: float
+    training_features: Callable[[nn.Module, torch.device], Iterator[Features]] | None = None
 
     def __init__(
         self, encoder: nn.Module, augment: Augment | Sequence[Augment], *, optimization: Optimization
@@ -158,6 +161,16 @@ class Method(LightningModule):
 
         ``features`` gives them a batch at a time, this rank's share, as they are encoded.
         """
+
+    def on_train_epoch_start(self) -> None:
+        if type(self).begin_epoch is Method.begin_epoch:
+            return
+        if self.training_features is None:
+            raise ValueError(
+                f"{type(self).__name__} needs the features of all training samples before an epoch: set its "
+                "training_features, or train by fastcl.train.prepare"
+            )
+        self.begin_epoch(self.training_features(self.observed, self.device))
 
     def schedule(self, **values: Value) -> None:
         """Attributes that have these values, those of a schedule from step to step."""

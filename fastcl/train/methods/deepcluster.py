@@ -62,7 +62,7 @@ class DeepCluster(Method):
         optimization: the optimizer and its schedules.
 
     Raises:
-        ValueError: more clusters than images.
+        ValueError: a single cluster, or more than images.
     """
 
     needs_indices = True

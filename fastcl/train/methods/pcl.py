@@ -61,7 +61,7 @@ class PCL(MoCo):
         **moco: the other arguments of :class:`MoCo`.
 
     Raises:
-        ValueError: more clusters than images.
+        ValueError: a single cluster, or more than images.
     """
 
     needs_indices = True

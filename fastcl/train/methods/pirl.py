@@ -13,7 +13,7 @@ from fastcl.train.methods.instances import Instances, InstancesSettings, WithMem
 from fastcl.train.methods.patches import jigsaw
 from fastcl.train.methods.registry import Recipe, register
 from fastcl.train.optimizers import Optimization
-from fastcl.train.ranges import ClosedUnitInterval, PositiveInt
+from fastcl.train.ranges import ClosedUnitInterval, Several
 from fastcl.train.schedules import Value
 
 _DEFAULT = Optimization("sgd", lr=0.12)
@@ -23,7 +23,7 @@ _DEFAULT = Optimization("sgd", lr=0.12)
 class PIRLSettings(InstancesSettings):
     """PIRL's own."""
 
-    grid: Annotated[PositiveInt, "Patches of a jigsaw, in each direction."] = 3
+    grid: Annotated[Several, "Patches of a jigsaw, in each direction."] = 3
     jigsaw_weight: Annotated[ClosedUnitInterval, "Share of the jigsaw's loss; the rest is the image's."] = 0.5
 
 

@@ -69,8 +69,10 @@ def encode_definitions(
     source: DefinitionSource | GlyphSource, settings: DefinitionSettings | GlyphSettings
 ) -> tuple[nn.Module, int]:
     """An untrained encoder of texts, and the width of its features."""
-    shape = (settings.width, settings.layers)
-    return TextEncoder(*shape, settings.dropout, settings.word_dropout, settings.piece_std), settings.width
+    encoder = TextEncoder(
+        settings.width, settings.layers, settings.dropout, settings.word_dropout, settings.piece_std
+    )
+    return encoder, settings.width
 
 
 def _convolutions(channels: int) -> tuple[nn.Module, int]:
